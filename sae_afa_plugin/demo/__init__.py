@@ -1,0 +1,1 @@
+"""The embedded default: a small language model, its text, and the demonstration."""
