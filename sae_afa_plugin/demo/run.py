@@ -1,0 +1,111 @@
+"""The demonstration: top-AFA, TopK and BatchTopK on one pass of a real language model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_lens import (
+    BatchTopKTrainingSAEConfig,
+    TopKTrainingSAEConfig,
+    TrainingSAEConfig,
+)
+
+from sae_afa_plugin.comparison import Comparison, Score, tokenize, train_and_score
+from sae_afa_plugin.demo.model import EMBEDDED_NAME, load_embedded_model, load_smollm2
+from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.sae import TopAFATrainingSAEConfig
+
+
+def smollm2_folder() -> Path:
+    """Where the converted SmolLM2 is kept between runs."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "sae-afa-plugin" / "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A model that needs no hub, and the settings that suit it.
+
+    Args:
+        model_name: What the saved SAEs remember as their model.
+        load: Gives the model.
+        d_in: Width of its residual stream.
+        d_sae: Dictionary size.
+        k: Active features of TopK and BatchTopK: about what top-AFA settles at under these
+            settings, so that the rows of the table compare.
+        setup: Everything else.
+    """
+
+    model_name: str
+    load: Callable[[], Any]
+    d_in: int
+    d_sae: int
+    k: int
+    setup: Comparison
+
+
+DEMOS = {
+    "embedded": Demo(
+        model_name=EMBEDDED_NAME,
+        load=load_embedded_model,
+        d_in=192,
+        d_sae=1536,
+        k=192,
+        setup=Comparison("blocks.4.hook_resid_pre", training_tokens=300 * 1024, lr=1e-3),
+    ),
+    "smollm2": Demo(
+        model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        load=lambda: load_smollm2(smollm2_folder()),
+        d_in=576,
+        d_sae=2304,
+        k=576,
+        setup=Comparison("blocks.10.hook_resid_pre", training_tokens=150 * 1024, lr=1e-3),
+    ),
+}
+
+
+def trained_like_topafa(
+    cls: type[TopKTrainingSAEConfig], d_in: int, d_sae: int, k: int, **fields: Any
+) -> TrainingSAEConfig:
+    """A TopK or BatchTopK config on the same inputs and initial decoder norm as top-AFA's."""
+    return cls(
+        d_in=d_in, d_sae=d_sae, k=k, normalize_activations="layer_norm", decoder_init_norm=1.0,
+        **fields,
+    )
+
+
+def run_demo(name: str, out: Path) -> list[Score]:
+    """Train and score the three architectures; the SAEs and a log are left in ``out``.
+
+    Args:
+        name: A key of ``DEMOS``.
+        out: Folder for the results.
+    """
+    demo = DEMOS[name]
+    # It warns that a model and a dataset were passed in, which is what happens here.
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)
+    model = demo.load()
+    context = demo.setup.context_size
+    saes: dict[str, TrainingSAEConfig] = {
+        "topafa": TopAFATrainingSAEConfig(d_in=demo.d_in, d_sae=demo.d_sae),
+        "topk": trained_like_topafa(TopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k),
+        "batchtopk": trained_like_topafa(
+            BatchTopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k,
+            # the threshold starts at 0, and the default rate would not forget that in a short run
+            topk_threshold_lr=0.05,
+        ),
+    }
+    return train_and_score(
+        model,
+        demo.model_name,
+        saes,
+        tokenize(model, standard_library_texts("train"), context),
+        tokenize(model, standard_library_texts("heldout"), context),
+        demo.setup,
+        out,
+    )

@@ -1,0 +1,160 @@
+"""SAELens's training runners with a plain log: one JSON object per line, no wandb needed.
+
+SAELens computes the metrics of a training step only when it logs to wandb. These subclasses
+watch the trainer's public ``step`` and ask it for the same metrics; the training itself is
+SAELens's, unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
+from sae_lens.saes.sae import TrainStepOutput
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from typing_extensions import override
+
+LOG_FILENAME = "training_log.jsonl"
+
+
+class TrainingLog:
+    """Writes the metrics of training steps and sums up the time they take.
+
+    Each line has ``step``, ``seconds`` (spent in steps so far), ``sae`` where several are
+    trained, and the keys that SAELens logs to wandb (``losses/...``, ``metrics/...``).
+
+    Args:
+        path: The file to append to, made with its folder at the first line. None: only time.
+        every: Write each step whose number is divisible by this.
+    """
+
+    def __init__(self, path: Path | None, every: int = 10):
+        self.path = path
+        self.every = every
+        self.seconds: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+
+    def watch(self, trainer: SAETrainer[Any, Any], name: str = "") -> None:
+        """Log the steps of this trainer from now on."""
+        step = trainer.step
+
+        def watched_step(batch: torch.Tensor) -> TrainStepOutput:
+            started = time.perf_counter()
+            output = step(batch)
+            self.seconds[name] = (
+                self.seconds.get(name, 0.0) + time.perf_counter() - started
+            )
+            self.steps[name] = self.steps.get(name, 0) + 1
+            number = trainer.n_training_steps + 1
+            if self.path is not None and number % self.every == 0:
+                self._write(trainer, output, name, number)
+            return output
+
+        trainer.step = watched_step
+
+    def _write(
+        self, trainer: SAETrainer[Any, Any], output: TrainStepOutput, name: str, number: int
+    ) -> None:
+        assert self.path is not None
+        line: dict[str, Any] = {"step": number, "seconds": round(self.seconds[name], 3)}
+        if name:
+            line["sae"] = name
+        line.update(
+            trainer.build_train_step_log_dict(output, trainer.n_training_samples)
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = None) -> None:
+    """Make sure that a hook exists and is as wide as the SAE, before anything is trained.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+        hook_name: The hook to read.
+        d_in: The SAE's input width.
+        head_index: The head that is read, where the hook has heads.
+
+    Raises:
+        ValueError: If there is no such hook, or its activations have another width.
+    """
+    # Looked up by running the model: a TransformerBridge answers to aliases as well.
+    try:
+        cache = model.run_with_cache(
+            torch.zeros(1, 2, dtype=torch.long, device=_device(model)),
+            names_filter=[hook_name],
+            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
+            prepend_bos=False,
+        )[1]
+        acts = cache[hook_name]
+    except (KeyError, IndexError, AttributeError):
+        near = get_close_matches(hook_name, list(model.hook_dict), n=3)
+        hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"the model has no hook {hook_name!r}{hint}") from None
+    width = acts.shape[-1] if acts.ndim == 3 or head_index is not None else acts[0, 0].numel()
+    if width != d_in:
+        raise ValueError(
+            f"the activations at {hook_name!r} have width {width}, but the SAE has d_in={d_in}: "
+            f"set d_in={width} or choose another hook"
+        )
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _log_path(output_path: str | None) -> Path | None:
+    return None if output_path is None else Path(output_path) / LOG_FILENAME
+
+
+class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
+    """SAELens's runner for one SAE, with ``training_log.jsonl`` in ``cfg.output_path``.
+
+    Every ``cfg.logger.wandb_log_frequency`` steps give one line, whether wandb is used or not.
+    """
+
+    log: TrainingLog
+
+    @override
+    def run(self) -> Any:
+        """Train; raises ValueError first if the hook and the SAE do not fit together."""
+        check_hook(self.model, self.cfg.hook_name, self.sae.cfg.d_in, self.cfg.hook_head_index)
+        return super().run()
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.log = TrainingLog(
+            _log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency
+        )
+        self.log.watch(trainer)
+        return super().run_trainer_with_interruption_handling(trainer)
+
+
+class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
+    """SAELens's runner for many SAEs, with ``training_log.jsonl`` in ``cfg.output_path``."""
+
+    log: TrainingLog
+
+    @override
+    def run(self) -> Any:
+        """Train; raises ValueError first if a hook and its SAE do not fit together."""
+        for name, hook_name in self.cfg.hook_names_per_sae.items():
+            head_index = self.cfg.hook_head_indices_per_sae[name]
+            check_hook(self.model, hook_name, self.cfg.saes[name].d_in, head_index)
+        return super().run()
+
+    @override
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
+        self.log = TrainingLog(
+            _log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency
+        )
+        for name, one in trainer.trainers.items():
+            self.log.watch(one, name)
+        return super()._run_with_interruption_handling(trainer)
