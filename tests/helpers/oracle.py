@@ -32,12 +32,18 @@ def kept_exactly(scores: list[float], target: float) -> list[int]:
 
 
 def keep_brute_force(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """The mask ``[n, h]`` of kept scores: all distances, the first of the smallest."""
+    """The mask ``[n, h]`` of kept scores: all distances, the first of the smallest.
+
+    Squares below 1e-16 of the sum do not move a float64 sum, so the distances of the last
+    features can look equal where they are not. One consequence of the definition settles that:
+    where the norm of all positive scores is below the target, all of them are kept.
+    """
     order = np.argsort(-scores, axis=1, kind="stable")
     values = np.take_along_axis(scores, order, axis=1).astype(np.float64)
     norms = np.sqrt(np.cumsum(np.where(values > 0, values, 0.0) ** 2, axis=1))
     distance = np.where(values > 0, np.abs(norms - targets[:, None].astype(np.float64)), np.inf)
     kept = np.where((values > 0).any(axis=1), distance.argmin(axis=1) + 1, 0)
+    kept = np.where(norms[:, -1] < targets, (values > 0).sum(axis=1), kept)
     first = np.arange(scores.shape[1])[None, :] < kept[:, None]
     mask = np.zeros_like(first)
     np.put_along_axis(mask, order, first, axis=1)
