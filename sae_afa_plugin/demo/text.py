@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import random
+import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
