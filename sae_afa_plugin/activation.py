@@ -24,9 +24,7 @@ _DEVICE_CHUNK = 1 << 26  # elements; few launches, and the sort's indices stay b
 _FIRST_WIDTH = 64  # how many of the largest scores are looked at first
 
 
-def top_afa(
-    acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None
-) -> Tensor:
+def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
     r"""Keep the largest features of each row until their norm matches a target.
 
     With scores :math:`s_i = a_i \lVert d_i \rVert`, sorted from the largest (equal scores:
@@ -204,16 +202,12 @@ def _by_chunks(
 
 
 @torch.library.custom_op("sae_afa_plugin::top_afa", mutates_args=())
-def _top_afa_op(
-    acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None
-) -> Tensor:
+def _top_afa_op(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
     return _by_chunks(acts, target_norm, decoder_norm, _keep_by_stable_sort)
 
 
-@_top_afa_op.register_kernel("cpu")
-def _top_afa_cpu(
-    acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None
-) -> Tensor:
+@_top_afa_op.register_kernel("cpu")  # pyright: ignore[reportUntypedFunctionDecorator]
+def _top_afa_cpu(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
     return _by_chunks(acts, target_norm, decoder_norm, _KeepByPartialSelection())
 
 

@@ -47,7 +47,7 @@ def _dead_acts(hidden_pre: Tensor, dead: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 @dead_reconstruction.register_fake
-def _(hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, k: int) -> Tensor:  # noqa: ARG001
+def _(hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, k: int) -> Tensor:
     return hidden_pre.new_empty(hidden_pre.shape[0], W_dec.shape[1])
 
 
@@ -66,12 +66,16 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    grad: Tensor, hidden_pre: Tensor, W_dec: Tensor, dead: Tensor, k: int  # noqa: ARG001
+    grad: Tensor,
+    hidden_pre: Tensor,
+    W_dec: Tensor,
+    dead: Tensor,
+    k: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(hidden_pre), torch.empty_like(W_dec)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # pyright: ignore  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # pyright: ignore
     hidden_pre, W_dec, dead, k = inputs
     ctx.save_for_backward(hidden_pre, W_dec, dead)
     ctx.k = k

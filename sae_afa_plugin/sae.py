@@ -14,7 +14,6 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,9 +82,7 @@ class _TopAFA(SAE[Any]):
         self.b_enc = nn.Parameter(torch.zeros(d_sae, **kind))
         self.W_enc = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(d_in, d_sae, **kind)))
         directions = self.W_enc.detach().T
-        self.W_dec = nn.Parameter(
-            (directions / directions.norm(dim=-1, keepdim=True)).contiguous()
-        )
+        self.W_dec = nn.Parameter((directions / directions.norm(dim=-1, keepdim=True)).contiguous())
 
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
@@ -395,9 +392,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         # A compiled step cannot look at the mask, and multiplies by zero instead of returning.
         if not torch.compiler.is_compiling() and not any_dead:
             return residual.new_zeros(())
-        recons = dead_reconstruction(
-            hidden_pre, self.W_dec, dead_neuron_mask, self.cfg.top_k_aux
-        )
+        recons = dead_reconstruction(hidden_pre, self.W_dec, dead_neuron_mask, self.cfg.top_k_aux)
         return any_dead * self.mse_loss_fn(recons, residual).sum(dim=-1).mean()
 
     @override
@@ -433,13 +428,9 @@ def _metrics(
         "norm_ratio": lambda: (norm_f() / norm_along_last(z)).mean(),
         # the paper counts the bias as one feature that is always on
         "over_activated": lambda: (
-            (norm_f().square() + b_dec.square().sum() > norm_along_last(z).square())
-            .float()
-            .mean()
+            (norm_f().square() + b_dec.square().sum() > norm_along_last(z).square()).float().mean()
         ),
-        "nmse": lambda: (
-            (z - z_recons).square().sum(-1) / z.square().sum(-1)
-        ).mean(),
+        "nmse": lambda: ((z - z_recons).square().sum(-1) / z.square().sum(-1)).mean(),
     }
     if dead_neuron_mask is not None:
         metrics["dead_features"] = lambda: dead_neuron_mask.sum()

@@ -47,9 +47,7 @@ class TrainingLog:
         def watched_step(batch: torch.Tensor) -> TrainStepOutput:
             started = time.perf_counter()
             output = step(batch)
-            self.seconds[name] = (
-                self.seconds.get(name, 0.0) + time.perf_counter() - started
-            )
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.steps[name] = self.steps.get(name, 0) + 1
             number = trainer.n_training_steps + 1
             if self.path is not None and number % self.every == 0:
@@ -65,9 +63,7 @@ class TrainingLog:
         line: dict[str, Any] = {"step": number, "seconds": round(self.seconds[name], 3)}
         if name:
             line["sae"] = name
-        line.update(
-            trainer.build_train_step_log_dict(output, trainer.n_training_samples)
-        )
+        line.update(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -130,9 +126,7 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        self.log = TrainingLog(
-            _log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency
-        )
+        self.log = TrainingLog(_log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency)
         self.log.watch(trainer)
         return super().run_trainer_with_interruption_handling(trainer)
 
@@ -152,9 +146,7 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
-        self.log = TrainingLog(
-            _log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency
-        )
+        self.log = TrainingLog(_log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency)
         for name, one in trainer.trainers.items():
             self.log.watch(one, name)
         return super()._run_with_interruption_handling(trainer)

@@ -37,12 +37,45 @@ from sae_afa_plugin.demo.text import (
 )
 
 ASSETS = Path(__file__).parents[1] / "sae_afa_plugin" / "demo" / "assets"
-PACKAGES = (
-    "torch transformers huggingface_hub datasets numpy pandas sympy networkx scipy "
-    "transformer_lens sae_lens einops tokenizers safetensors pip setuptools rich typer click "
-    "hypothesis pytest _pytest pydantic fsspec jinja2 packaging joblib nltk statsmodels "
-    "accelerate pyarrow requests urllib3 httpx anyio mpmath pygments"
-).split()
+PACKAGES = [
+    "torch",
+    "transformers",
+    "huggingface_hub",
+    "datasets",
+    "numpy",
+    "pandas",
+    "sympy",
+    "networkx",
+    "scipy",
+    "transformer_lens",
+    "sae_lens",
+    "einops",
+    "tokenizers",
+    "safetensors",
+    "pip",
+    "setuptools",
+    "rich",
+    "typer",
+    "click",
+    "hypothesis",
+    "pytest",
+    "_pytest",
+    "pydantic",
+    "fsspec",
+    "jinja2",
+    "packaging",
+    "joblib",
+    "nltk",
+    "statsmodels",
+    "accelerate",
+    "pyarrow",
+    "requests",
+    "urllib3",
+    "httpx",
+    "anyio",
+    "mpmath",
+    "pygments",
+]
 EOS = "<|endoftext|>"
 VOCAB_SIZE = 1024
 CONTEXT = 256
@@ -111,8 +144,7 @@ def unigram_entropy(rows: torch.Tensor) -> float:
 def bits_per_token(model: GPT2LMHeadModel, rows: torch.Tensor) -> float:
     model.eval()
     losses = [
-        model(input_ids=batch, labels=batch).loss.item() * len(batch)
-        for batch in rows.split(BATCH)
+        model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in rows.split(BATCH)
     ]
     model.train()
     return sum(losses) / len(rows) / math.log(2)
@@ -146,8 +178,10 @@ def main() -> None:
         if kept:
             stdlib.append("\n\n".join(kept))
     packages = package_documents(forbidden)
-    print(f"characters: standard library {sum(map(len, stdlib)):,}, packages "
-          f"{sum(map(len, packages)):,}, held out {sum(map(len, heldout)):,}")
+    print(
+        f"characters: standard library {sum(map(len, stdlib)):,}, packages "
+        f"{sum(map(len, packages)):,}, held out {sum(map(len, heldout)):,}"
+    )
 
     tokenizer = train_tokenizer(stdlib * STDLIB_REPEATS + packages)
     valid = pack(tokenizer, heldout)
@@ -158,13 +192,23 @@ def main() -> None:
     rows = torch.cat([own] * STDLIB_REPEATS + [others])
     rows = rows[torch.randperm(len(rows))][:needed]
     entropy = unigram_entropy(valid)
-    print(f"tokens: {rows.numel():,} in {args.steps} steps; held out {valid.numel():,}; "
-          f"unigram entropy {entropy:.2f} bits")
+    print(
+        f"tokens: {rows.numel():,} in {args.steps} steps; held out {valid.numel():,}; "
+        f"unigram entropy {entropy:.2f} bits"
+    )
 
     model = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=VOCAB_SIZE, n_positions=CONTEXT, n_embd=192, n_layer=7, n_head=6,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+            vocab_size=VOCAB_SIZE,
+            n_positions=CONTEXT,
+            n_embd=192,
+            n_layer=7,
+            n_head=6,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
         )
     )
     opts = optimizers(model)
@@ -185,8 +229,10 @@ def main() -> None:
             opt.step()
         model.zero_grad()
         if step % 100 == 0:
-            bar.write(f"step {step} loss {loss.item() / math.log(2):.3f} bits, held out "
-                      f"{bits_per_token(model, valid[::8]):.3f}")
+            bar.write(
+                f"step {step} loss {loss.item() / math.log(2):.3f} bits, held out "
+                f"{bits_per_token(model, valid[::8]):.3f}"
+            )
 
     state = {
         name: tensor.to(torch.float16).contiguous()

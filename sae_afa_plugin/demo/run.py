@@ -74,7 +74,11 @@ def trained_like_topafa(
 ) -> TrainingSAEConfig:
     """A TopK or BatchTopK config on the same inputs and initial decoder norm as top-AFA's."""
     return cls(
-        d_in=d_in, d_sae=d_sae, k=k, normalize_activations="layer_norm", decoder_init_norm=1.0,
+        d_in=d_in,
+        d_sae=d_sae,
+        k=k,
+        normalize_activations="layer_norm",
+        decoder_init_norm=1.0,
         **fields,
     )
 
@@ -95,7 +99,10 @@ def run_demo(name: str, out: Path) -> list[Score]:
         "topafa": TopAFATrainingSAEConfig(d_in=demo.d_in, d_sae=demo.d_sae),
         "topk": trained_like_topafa(TopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k),
         "batchtopk": trained_like_topafa(
-            BatchTopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k,
+            BatchTopKTrainingSAEConfig,
+            demo.d_in,
+            demo.d_sae,
+            demo.k,
             # the threshold starts at 0, and the default rate would not forget that in a short run
             topk_threshold_lr=0.05,
         ),

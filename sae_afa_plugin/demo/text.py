@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import random
-import sys
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -39,9 +38,7 @@ def docstrings(source: Path) -> list[str]:
         return []
     found: list[str] = []
     for node in ast.walk(tree):
-        if isinstance(
-            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        ):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text is not None and len(text) >= _SHORTEST_DOCSTRING:
                 found.append(text)
@@ -89,13 +86,9 @@ def standard_library_documents(split: Split) -> list[list[str]]:
             found = docstrings(source)
             if found:
                 documents.append(found)
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        topics = {}
-    for name in sorted(topics):
+    for name, topic in sorted(_help_topics().items()):
         if is_held_out(name) == wanted:
-            documents.append([str(topics[name])])
+            documents.append([topic])
     if not documents:
         raise RuntimeError(
             f"no documentation was found below {root}: this Python comes without the sources "
@@ -103,6 +96,14 @@ def standard_library_documents(split: Split) -> list[list[str]]:
         )
     random.Random(_SHUFFLE_SEED).shuffle(documents)
     return documents
+
+
+def _help_topics() -> dict[str, str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return {}
+    return {str(name): str(topic) for name, topic in topics.items()}
 
 
 def standard_library_texts(split: Split) -> list[str]:

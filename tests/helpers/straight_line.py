@@ -16,8 +16,15 @@ class StraightLineTraining:
     """One SAE and its Adam, as named float64 tensors."""
 
     def __init__(
-        self, weights: dict[str, Tensor], afa_coefficient: float, aux_coefficient: float,
-        top_k_aux: int, dead_window: int, lr: float, beta1: float, beta2: float,
+        self,
+        weights: dict[str, Tensor],
+        afa_coefficient: float,
+        aux_coefficient: float,
+        top_k_aux: int,
+        dead_window: int,
+        lr: float,
+        beta1: float,
+        beta2: float,
     ):
         self.weights = {
             name: weights[name].double().clone().requires_grad_()
@@ -27,7 +34,9 @@ class StraightLineTraining:
         self.top_k_aux, self.dead_window = top_k_aux, dead_window
         self.lr, self.beta1, self.beta2 = lr, beta1, beta2
         self.silent = torch.zeros(weights["W_dec"].shape[0])
-        self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()}
+        self.moments = {
+            name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()
+        }
         self.steps = 0
 
     def step(self, x: Tensor) -> tuple[dict[str, float], Tensor]:
@@ -61,7 +70,11 @@ class StraightLineTraining:
             "auxiliary_reconstruction_loss": d_in * self.aux_coefficient * aux,
         }
         grads = dict(
-            zip(self.weights, torch.autograd.grad(sum(losses.values()), list(self.weights.values())), strict=True)
+            zip(
+                self.weights,
+                torch.autograd.grad(sum(losses.values()), list(self.weights.values())),
+                strict=True,
+            )
         )
 
         with torch.no_grad():

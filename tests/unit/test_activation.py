@@ -123,7 +123,9 @@ _VALUES = st.one_of(
 @settings(max_examples=300, deadline=None)
 @given(
     values=st.lists(_VALUES, min_size=1, max_size=140),
-    norms=st.one_of(st.none(), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=140, max_size=140)),
+    norms=st.one_of(
+        st.none(), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=140, max_size=140)
+    ),
     target=st.floats(0, 400, width=16),
     exponent=st.integers(-40, 40),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
@@ -148,9 +150,7 @@ def test_the_oracles_agree_with_each_other():
     rng = np.random.default_rng(0)
     scores = np.maximum(rng.integers(-3, 6, (500, 9)), 0).astype(np.float64)
     targets = rng.uniform(0, 12, 500)
-    for row, target, mask in zip(
-        scores, targets, keep_brute_force(scores, targets), strict=True
-    ):
+    for row, target, mask in zip(scores, targets, keep_brute_force(scores, targets), strict=True):
         assert np.flatnonzero(mask).tolist() == kept_exactly(row.tolist(), target)
 
 

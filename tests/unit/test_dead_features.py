@@ -26,7 +26,10 @@ def test_values_and_gradients(k, n_dead):
     dead = torch.zeros(12, dtype=torch.bool)
     dead[torch.randperm(12)[:n_dead]] = True
     weights = torch.randn(6, 4, dtype=torch.float64)
-    out, expected = dead_reconstruction(hidden_pre, W_dec, dead, k), slow(hidden_pre, W_dec, dead, k)
+    out, expected = (
+        dead_reconstruction(hidden_pre, W_dec, dead, k),
+        slow(hidden_pre, W_dec, dead, k),
+    )
     torch.testing.assert_close(out, expected)
     grads = torch.autograd.grad((out * weights).sum(), (hidden_pre, W_dec))
     if n_dead == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ def test_the_splits_share_no_module_and_no_document():
 
 def test_docstrings_of_a_file(tmp_path):
     source = tmp_path / "module.py"
-    source.write_text('"""A docstring of the module."""\ndef f():\n    """Short."""\n'
-                      'class A:\n    def g(self):\n        """Another that is long enough."""\n')
+    source.write_text(
+        '"""A docstring of the module."""\ndef f():\n    """Short."""\n'
+        'class A:\n    def g(self):\n        """Another that is long enough."""\n'
+    )
     assert text.docstrings(source) == ["A docstring of the module.", "Another that is long enough."]
     source.write_text("def broken(:\n")
     assert text.docstrings(source) == []
@@ -46,7 +49,7 @@ def test_docstrings_of_a_file(tmp_path):
 
 def test_a_python_without_sources_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(text.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    monkeypatch.setitem(text.sys.modules, "pydoc_data.topics", None)
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     with pytest.raises(RuntimeError, match="comes without the sources of its standard library"):
         text.standard_library_documents("train")
 
@@ -75,7 +78,10 @@ def test_hooked_model_equals_the_transformers_model():
 
 def test_tokens_and_bos(model):
     assert model.to_str_tokens("Return the value")[0] == "<|endoftext|>"
-    with_bos, without = model.to_tokens("Return it"), model.to_tokens("Return it", prepend_bos=False)
+    with_bos, without = (
+        model.to_tokens("Return it"),
+        model.to_tokens("Return it", prepend_bos=False),
+    )
     assert torch.equal(with_bos[:, 1:], without)
     assert model.to_string(without) == ["Return it"]
 

@@ -148,8 +148,14 @@ def test_meta_device():
 
 def test_training_config_round_trip():
     cfg = TopAFATrainingSAEConfig(
-        d_in=8, d_sae=32, afa_coefficient=1 / 64, afa_warm_up_steps=7, top_k_aux=3,
-        aux_loss_coefficient=0.5, train_encoder_bias=True, normalize_activations="none",
+        d_in=8,
+        d_sae=32,
+        afa_coefficient=1 / 64,
+        afa_warm_up_steps=7,
+        top_k_aux=3,
+        aux_loss_coefficient=0.5,
+        train_encoder_bias=True,
+        normalize_activations="none",
     )
     again = TrainingSAEConfig.from_dict(cfg.to_dict())
     assert type(again) is TopAFATrainingSAEConfig
@@ -324,7 +330,10 @@ def test_splicing_with_the_error_term_leaves_the_model_as_it_is(normalize):
         tokens,
         saes=[sae],
         fwd_hooks=[
-            ("blocks.1.hook_resid_pre.hook_sae_acts_post", lambda acts, hook: torch.zeros_like(acts))
+            (
+                "blocks.1.hook_resid_pre.hook_sae_acts_post",
+                lambda acts, hook: torch.zeros_like(acts),
+            )
         ],
     )
     assert not torch.allclose(ablated, spliced, atol=1e-3)
@@ -337,8 +346,12 @@ def test_losses_by_hand():
     """Two features on the axes, one token, all numbers worked out on paper."""
     sae = TopAFATrainingSAE(
         TopAFATrainingSAEConfig(
-            d_in=2, d_sae=3, normalize_activations="none", afa_coefficient=0.25,
-            aux_loss_coefficient=0.5, top_k_aux=1,
+            d_in=2,
+            d_sae=3,
+            normalize_activations="none",
+            afa_coefficient=0.25,
+            aux_loss_coefficient=0.5,
+            top_k_aux=1,
         )
     )
     with torch.no_grad():
@@ -364,8 +377,13 @@ def test_losses_by_hand():
     values = {name: float(metric()) for name, metric in out.metrics.items()}
     assert values == pytest.approx(
         {
-            "mean_l0": 3, "min_l0": 3, "max_l0": 3, "dead_features": 2, "over_activated": 0,
-            "norm_ratio": math.sqrt(16.24) / 5, "nmse": mse / 25,
+            "mean_l0": 3,
+            "min_l0": 3,
+            "max_l0": 3,
+            "dead_features": 2,
+            "over_activated": 0,
+            "norm_ratio": math.sqrt(16.24) / 5,
+            "nmse": mse / 25,
         },
         rel=1e-5,
     )
@@ -383,7 +401,10 @@ def test_metrics_on_uneven_tokens():
     norm_z = x.double().norm(dim=-1)
     recons = f @ sae.W_dec.detach().double() + b
     expected = {
-        "mean_l0": l0.mean(), "min_l0": l0.min(), "max_l0": l0.max(), "dead_features": 3,
+        "mean_l0": l0.mean(),
+        "min_l0": l0.min(),
+        "max_l0": l0.max(),
+        "dead_features": 3,
         "norm_ratio": (norm_f / norm_z).mean(),
         "over_activated": ((norm_f**2 + b.norm() ** 2).sqrt() > norm_z).double().mean(),
         "nmse": ((x - recons).norm(dim=-1) ** 2 / norm_z**2).mean(),
@@ -456,7 +477,9 @@ def test_gradient_of_the_loss():
 
     def loss(W_enc, b_dec):
         parts = {"W_enc": W_enc, "b_dec": b_dec}
-        return torch.func.functional_call(_Loss(sae), {f"sae.{k}": v for k, v in parts.items()}, (x, dead))
+        return torch.func.functional_call(
+            _Loss(sae), {f"sae.{k}": v for k, v in parts.items()}, (x, dead)
+        )
 
     inputs = (sae.W_enc.detach().requires_grad_(), sae.b_dec.detach().requires_grad_())
     assert torch.autograd.gradcheck(loss, inputs, atol=1e-6)

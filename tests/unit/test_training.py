@@ -47,7 +47,9 @@ def text():
 @pytest.fixture(scope="module")
 def activations(model):
     """Real activations ``[n, 192]`` of the embedded language model."""
-    tokens = model.to_tokens("\n\n".join(standard_library_texts("train")[:40]), truncate=False)[0, 1:]
+    tokens = model.to_tokens("\n\n".join(standard_library_texts("train")[:40]), truncate=False)[
+        0, 1:
+    ]
     tokens = tokens[: 160 * 128].view(160, 128)
     _, cache = model.run_with_cache(tokens, names_filter=HOOK, stop_at_layer=5)
     return cache[HOOK].reshape(-1, 192)
@@ -55,12 +57,24 @@ def activations(model):
 
 def trainer_config(steps, batch, **fields):
     defaults = {
-        "n_checkpoints": 0, "checkpoint_path": None, "save_final_checkpoint": False,
-        "total_training_samples": steps * batch, "device": "cpu", "autocast": False, "lr": 1e-3,
-        "lr_end": 1e-3, "lr_scheduler_name": "constant", "lr_warm_up_steps": 0,
-        "adam_beta1": 0.9, "adam_beta2": 0.99, "lr_decay_steps": 0, "n_restart_cycles": 1,
-        "train_batch_size_samples": batch, "dead_feature_window": 5,
-        "feature_sampling_window": 1000, "logger": LoggingConfig(log_to_wandb=False),
+        "n_checkpoints": 0,
+        "checkpoint_path": None,
+        "save_final_checkpoint": False,
+        "total_training_samples": steps * batch,
+        "device": "cpu",
+        "autocast": False,
+        "lr": 1e-3,
+        "lr_end": 1e-3,
+        "lr_scheduler_name": "constant",
+        "lr_warm_up_steps": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.99,
+        "lr_decay_steps": 0,
+        "n_restart_cycles": 1,
+        "train_batch_size_samples": batch,
+        "dead_feature_window": 5,
+        "feature_sampling_window": 1000,
+        "logger": LoggingConfig(log_to_wandb=False),
         "n_batches_for_norm_estimate": 4,
     }
     return SAETrainerConfig(**{**defaults, **fields})
@@ -83,8 +97,14 @@ def test_parity_with_a_straight_line_implementation(activations):
     with torch.no_grad():  # features that start silent, so that the auxiliary loss takes part
         sae.W_enc[:, :40] *= 0.01
     reference = StraightLineTraining(
-        sae.state_dict(), afa_coefficient=1 / 32, aux_coefficient=1 / 32, top_k_aux=4,
-        dead_window=5, lr=1e-3, beta1=0.9, beta2=0.99,
+        sae.state_dict(),
+        afa_coefficient=1 / 32,
+        aux_coefficient=1 / 32,
+        top_k_aux=4,
+        dead_window=5,
+        lr=1e-3,
+        beta1=0.9,
+        beta2=0.99,
     )
     batches = activations.double().split(batch)[:steps]
     trainer = SAETrainer(trainer_config(steps, batch), sae, iter(batches))
@@ -110,7 +130,10 @@ def test_parity_with_a_straight_line_implementation(activations):
 def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
     activations, tmp_path, normalize
 ):
-    batch, fields = 256, {"normalize_activations": normalize, "afa_warm_up_steps": 15, "top_k_aux": 4}
+    batch, fields = (
+        256,
+        {"normalize_activations": normalize, "afa_warm_up_steps": 15, "top_k_aux": 4},
+    )
     batches = activations.split(batch)
     # 4 batches for the norm estimate come first where it is needed
     first = 4 if normalize == "expected_average_only_in" else 0
@@ -121,7 +144,8 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(
     interrupted = new_sae(**fields)
     trainer = SAETrainer(
         trainer_config(24, batch, n_checkpoints=1, checkpoint_path=str(tmp_path)),
-        interrupted, iter(batches[: first + 14]),
+        interrupted,
+        iter(batches[: first + 14]),
     )
     with pytest.raises(StopIteration):  # the data ends in the middle
         trainer.fit()
@@ -154,11 +178,17 @@ def runner_config(tmp_path, **fields):
     return LanguageModelSAERunnerConfig(
         **{
             "sae": TopAFATrainingSAEConfig(d_in=192, d_sae=384),
-            "hook_name": HOOK, "model_name": "sae-afa-demo", "context_size": 64,
-            "training_tokens": 12 * 256, "train_batch_size_tokens": 256,
-            "store_batch_size_prompts": 8, "n_batches_in_buffer": 8,
+            "hook_name": HOOK,
+            "model_name": "sae-afa-demo",
+            "context_size": 64,
+            "training_tokens": 12 * 256,
+            "train_batch_size_tokens": 256,
+            "store_batch_size_prompts": 8,
+            "n_batches_in_buffer": 8,
             "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=5),
-            "checkpoint_path": None, "output_path": str(tmp_path / "out"), "verbose": False,
+            "checkpoint_path": None,
+            "output_path": str(tmp_path / "out"),
+            "verbose": False,
             **fields,
         }
     )
@@ -174,23 +204,38 @@ def test_the_runner_trains_saves_and_logs(model, text, tmp_path):
     assert type(sae) is TopAFASAE
     assert sae.cfg.metadata.hook_name == HOOK
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(384))
-    lines = [json.loads(line) for line in (tmp_path / "out" / LOG_FILENAME).read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "out" / LOG_FILENAME).read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == [5, 10]
     assert 0 < lines[0]["seconds"] < lines[1]["seconds"]
     for name in (
-        "mean_l0", "min_l0", "max_l0", "norm_ratio", "over_activated", "nmse", "dead_features",
+        "mean_l0",
+        "min_l0",
+        "max_l0",
+        "norm_ratio",
+        "over_activated",
+        "nmse",
+        "dead_features",
     ):
         assert isinstance(lines[0][f"metrics/{name}"], float | int)
     assert lines[0]["metrics/mean_l0"] == pytest.approx(lines[0]["metrics/l0"])
     assert lines[0]["losses/overall_loss"] == pytest.approx(
-        sum(lines[0][f"losses/{n}"] for n in ("mse_loss", "afa_loss", "auxiliary_reconstruction_loss"))
+        sum(
+            lines[0][f"losses/{n}"]
+            for n in ("mse_loss", "afa_loss", "auxiliary_reconstruction_loss")
+        )
     )
     assert lines[0]["details/afa_coefficient"] == 1 / 32
 
 
 def test_compiled_and_autocast_training_learn_the_same(model, text, tmp_path):
     nmse = {}
-    for name, fields in {"plain": {}, "compiled": {"compile_sae": True}, "autocast": {"autocast": True}}.items():
+    for name, fields in {
+        "plain": {},
+        "compiled": {"compile_sae": True},
+        "autocast": {"autocast": True},
+    }.items():
         torch.manual_seed(0)
         runner = LoggedTrainingRunner(
             runner_config(tmp_path / name, **fields), override_dataset=text, override_model=model
@@ -211,22 +256,34 @@ def test_many_saes_on_one_pass(model, text, tmp_path, runner_class):
             "topk": TopKTrainingSAEConfig(d_in=192, d_sae=256, k=20),
         },
         hook_names={"a": HOOK, "b": "blocks.2.hook_resid_pre", "topk": HOOK},
-        context_size=64, training_tokens=12 * 256, train_batch_size_tokens=256,
-        store_batch_size_prompts=8, n_batches_in_buffer=8, checkpoint_path=None,
-        output_path=str(tmp_path), logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=6),
+        context_size=64,
+        training_tokens=12 * 256,
+        train_batch_size_tokens=256,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=8,
+        checkpoint_path=None,
+        output_path=str(tmp_path),
+        logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=6),
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All samples in the training dataset")
         saes = runner_class(cfg, override_dataset=text, override_model=model).run()
     assert {name: type(sae).__name__ for name, sae in saes.items()} == {
-        "a": "TopAFATrainingSAE", "b": "TopAFATrainingSAE", "topk": "TopKTrainingSAE",
+        "a": "TopAFATrainingSAE",
+        "b": "TopAFATrainingSAE",
+        "topk": "TopKTrainingSAE",
     }
     assert (saes["a"].W_dec.norm(dim=-1) - 1).abs().max() < 1e-2
     assert type(SAE.load_from_disk(tmp_path / "b")) is TopAFASAE
     if runner_class is LoggedMultiTrainingRunner:
         lines = [json.loads(line) for line in (tmp_path / LOG_FILENAME).read_text().splitlines()]
         assert [(line["step"], line["sae"]) for line in lines] == [
-            (6, "a"), (6, "b"), (6, "topk"), (12, "a"), (12, "b"), (12, "topk"),
+            (6, "a"),
+            (6, "b"),
+            (6, "topk"),
+            (12, "a"),
+            (12, "b"),
+            (12, "topk"),
         ]
         assert "metrics/norm_ratio" in lines[0]
         assert "metrics/norm_ratio" not in lines[2]
@@ -237,8 +294,12 @@ def test_synthetic_runner(tmp_path):
         SyntheticSAERunnerConfig(
             synthetic_model=SyntheticModelConfig(num_features=32, hidden_dim=16),
             sae=TopAFATrainingSAEConfig(d_in=16, d_sae=32, normalize_activations="none"),
-            training_samples=20 * 256, batch_size=256, eval_samples=2000, checkpoint_path=None,
-            output_path=str(tmp_path), logger=LoggingConfig(log_to_wandb=False),
+            training_samples=20 * 256,
+            batch_size=256,
+            eval_samples=2000,
+            checkpoint_path=None,
+            output_path=str(tmp_path),
+            logger=LoggingConfig(log_to_wandb=False),
         )
     )
     runner.run()

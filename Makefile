@@ -1,0 +1,42 @@
+# The targets create .venv and install what they need, once.
+#   make demo    train top-AFA beside TopK and BatchTopK on the embedded language model
+#   make test    the tests and every example in the docs
+#   make lint types    what CI checks besides
+#   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
+# Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: install demo test lint types format bench
+install: $(INSTALLED)
+
+# torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
+$(INSTALLED): pyproject.toml $(wildcard constraints.txt)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/sae-afa demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/architectures.py
