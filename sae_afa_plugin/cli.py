@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 
+import wandb.errors
 from rich.console import Console
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from safetensors import SafetensorError
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 from sae_afa_plugin import __version__
 from sae_afa_plugin.comparison import score_table
@@ -19,7 +23,13 @@ from sae_afa_plugin.training import LOG_FILENAME, LoggedTrainingRunner
 
 _LONGEST_MESSAGE = 600  # characters; some libraries list every name they know
 
-_USERS_MISTAKES = (ValueError, OSError, ImportError, SafetensorError, argparse.ArgumentError)
+_USERS_MISTAKES = (
+    ValueError,
+    OSError,
+    ImportError,
+    argparse.ArgumentError,
+    wandb.errors.Error,  # logging is on by default and needs a login
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,8 +97,23 @@ def _demo(model: str, out: Path) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    runner = LoggedTrainingRunner(_parse_cfg_args(arguments))
-    runner.run()
+    cfg = _parse_cfg_args(arguments)
+    if cfg.output_path == "None":  # SAELens's parser keeps the word
+        cfg.output_path = None
+    known = [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
+    if cfg.model_class_name == "HookedTransformer" and cfg.model_name not in known:
+        near = get_close_matches(cfg.model_name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see its model table"
+        raise ValueError(f"TransformerLens has no model {cfg.model_name!r}: {hint}")
+    try:
+        runner = LoggedTrainingRunner(cfg)
+        runner.run()
+    except SafetensorError as error:
+        folder = cfg.resume_from_checkpoint or cfg.from_pretrained_path
+        raise ValueError(
+            f"the weights in {folder!r} cannot be read ({error}): the file is damaged or "
+            "incomplete, save or download it again"
+        ) from error
     if runner.cfg.output_path is not None:
         folder = Path(runner.cfg.output_path)
         Console().print(f"SAE: {folder}\nTraining log: {folder / LOG_FILENAME}")
@@ -112,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split())
         if len(message) > _LONGEST_MESSAGE:
             message = message[:_LONGEST_MESSAGE] + " ..."
-        print(f"sae-afa {args.command}: error: {message}", file=sys.stderr)  # noqa: T201
+        # a progress bar may have left its line open
+        print(f"\nsae-afa {args.command}: error: {message}", file=sys.stderr)  # noqa: T201
         return 2
     return 0
 

@@ -62,6 +62,7 @@ def paper_runner_config(
         "is_dataset_tokenized": False,
         "context_size": 128,
         "train_batch_size_tokens": _BATCH,
+        "n_batches_in_buffer": 256,  # times context_size: 32,768 tokens are mixed
         "training_tokens": _STEPS * _BATCH,
         "lr": 3e-4,
         "lr_scheduler_name": "constant",

@@ -11,16 +11,24 @@ import json
 import time
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from sae_lens import LanguageModelSAETrainingRunner, MultiSAETrainingRunner, SAETrainer
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    SAETrainer,
+)
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from typing_extensions import override
 
 LOG_FILENAME = "training_log.jsonl"
+
+_RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
 
 class TrainingLog:
@@ -67,6 +75,31 @@ class TrainingLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_batches(model: Any, cfg: _RunnerConfig) -> None:
+    """Make sure that a runner config can give batches from this model, before it is trained.
+
+    Args:
+        model: The language model; its ``cfg.n_ctx`` is looked at where it has one.
+        cfg: The config of either runner.
+
+    Raises:
+        ValueError: If the sequences are too long for the model or the buffer holds no batch.
+    """
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and cfg.context_size > longest:
+        raise ValueError(
+            f"context_size is {cfg.context_size}, but {cfg.model_name} takes {longest} tokens at "
+            f"most: set context_size={longest} or less"
+        )
+    used = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if cfg.n_batches_in_buffer * used < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"the buffer of n_batches_in_buffer={cfg.n_batches_in_buffer} times {used} tokens is "
+            f"smaller than a batch of train_batch_size_tokens={cfg.train_batch_size_tokens}: set "
+            f"n_batches_in_buffer={-(-2 * cfg.train_batch_size_tokens // used)} or more"
+        )
 
 
 def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = None) -> None:
@@ -121,6 +154,7 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def run(self) -> Any:
         """Train; raises ValueError first if the hook and the SAE do not fit together."""
+        check_batches(self.model, self.cfg)
         check_hook(self.model, self.cfg.hook_name, self.sae.cfg.d_in, self.cfg.hook_head_index)
         return super().run()
 
@@ -139,6 +173,7 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
     @override
     def run(self) -> Any:
         """Train; raises ValueError first if a hook and its SAE do not fit together."""
+        check_batches(self.model, self.cfg)
         for name, hook_name in self.cfg.hook_names_per_sae.items():
             head_index = self.cfg.hook_head_indices_per_sae[name]
             check_hook(self.model, hook_name, self.cfg.saes[name].d_in, head_index)
