@@ -5,6 +5,7 @@ SAELens takes one.
 """
 
 from sae_afa_plugin.activation import top_afa
+from sae_afa_plugin.recipes import paper_runner_config
 from sae_afa_plugin.registration import register
 from sae_afa_plugin.sae import (
     TopAFASAE,
@@ -20,6 +21,7 @@ __all__ = [
     "TopAFASAEConfig",
     "TopAFATrainingSAE",
     "TopAFATrainingSAEConfig",
+    "paper_runner_config",
     "register",
     "top_afa",
 ]
