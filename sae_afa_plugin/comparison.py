@@ -7,7 +7,6 @@ What ``sae-afa demo`` and ``benchmarks/architectures.py`` have in common. Traini
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -168,9 +167,20 @@ def train_and_score(
     )
     runner.run()
 
-    activations, store = _held_out(model, heldout_tokens, setup, next(iter(saes.values())).d_in)
+    d_in = next(iter(saes.values())).d_in
+    activations = _held_out_activations(model, heldout_tokens, setup, d_in)
     scores = [
-        _score(name, cfg, SAE.load_from_disk(out / name), model, activations, store, setup, runner)
+        _score(
+            name,
+            cfg,
+            SAE.load_from_disk(out / name),
+            model,
+            activations,
+            # a new store for each, so that all are scored on the same tokens
+            _store(model, heldout_tokens, setup, d_in),
+            setup,
+            runner,
+        )
         for name, cfg in tqdm(saes.items(), desc="Scoring on held-out tokens")
     ]
     (out / "scores.json").write_text(
@@ -206,11 +216,9 @@ def _as_stream(tokens: Tensor) -> Any:
     return Dataset.from_dict({"tokens": tokens.tolist()}).to_iterable_dataset()
 
 
-def _held_out(
-    model: Any, tokens: Tensor, setup: Comparison, d_in: int
-) -> tuple[Tensor, ActivationsStore]:
-    """Activations of the held-out tokens ``[n, d_in]``, and a store that yields their tokens."""
-    store = ActivationsStore.from_config_multi_hook(
+def _store(model: Any, tokens: Tensor, setup: Comparison, d_in: int) -> ActivationsStore:
+    """A store that yields these tokens from their start."""
+    return ActivationsStore.from_config_multi_hook(
         model=model,
         dataset=_as_stream(tokens),
         hook_names=[setup.hook_name],
@@ -219,14 +227,20 @@ def _held_out(
         store_batch_size_prompts=_PROMPTS_AT_ONCE,
         exclude_special_tokens=torch.tensor(get_special_token_ids(model.tokenizer)),
     )
+
+
+def _held_out_activations(model: Any, tokens: Tensor, setup: Comparison, d_in: int) -> Tensor:
+    """Activations of the first held-out tokens ``[n, d_in]``, special tokens left out."""
+    store = _store(model, tokens, setup, d_in)
     batches: list[Tensor] = []
-    count = 0
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All samples in the training dataset")
-        while count < setup.heldout_tokens:
-            batches.append(store.get_filtered_llm_batch())
-            count += len(batches[-1])
-    return torch.cat(batches)[: setup.heldout_tokens], store
+    for _ in range(len(tokens) // _PROMPTS_AT_ONCE):
+        batches.append(store.get_filtered_llm_batch())
+        if sum(map(len, batches)) >= setup.heldout_tokens:
+            return torch.cat(batches)[: setup.heldout_tokens]
+    raise ValueError(
+        f"{len(tokens)} held-out sequences do not give heldout_tokens={setup.heldout_tokens}: "
+        "bring more text or ask for fewer"
+    )
 
 
 @torch.no_grad()

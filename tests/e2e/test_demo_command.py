@@ -1,0 +1,124 @@
+"""``sae-afa demo`` on the embedded model, shortened, and its scores against a slow computation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sae_lens import SAE
+
+from sae_afa_plugin import cli
+from sae_afa_plugin.comparison import tokenize
+from sae_afa_plugin.demo.model import load_embedded_model
+from sae_afa_plugin.demo.run import DEMOS
+from sae_afa_plugin.demo.text import standard_library_texts
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder and the printed text of one short demo."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    demo = DEMOS["embedded"]
+    short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=1500, ce_tokens=2048)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DEMOS, "embedded", replace(demo, d_sae=384, k=40, setup=short))
+        patch.setenv("COLUMNS", "120")
+        printed = []
+        patch.setattr(cli.Console, "print", lambda self, *things: printed.extend(things))
+        assert cli.main(["demo", "--out", str(out)]) == 0
+    table = next(thing for thing in printed if hasattr(thing, "columns"))
+    return out, table
+
+
+def test_the_table_has_the_three_architectures(finished):
+    _, table = finished
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[0] for row in rows] == ["topafa", "topk", "batchtopk"]
+    assert [column.header for column in table.columns] == [
+        "SAE", "L0", "NMSE", "CE recovered", "||f||/||z||", "dead", "seconds",
+    ]  # fmt: skip
+    assert rows[1][1] == "40.0"
+
+
+def test_the_scores_are_what_a_slow_computation_gives(finished):
+    out, _ = finished
+    scores = {s["name"]: s for s in json.loads((out / "scores.json").read_text())["scores"]}
+    model = load_embedded_model()
+    tokens = tokenize(model, standard_library_texts("heldout"), 128)[:16]
+    hook = DEMOS["embedded"].setup.hook_name
+    _, cache = model.run_with_cache(tokens, names_filter=hook)
+    x = cache[hook][tokens != model.tokenizer.bos_token_id][:1500]
+    z = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)).double().numpy()
+    for name, score in scores.items():
+        sae = SAE.load_from_disk(out / name)
+        f = sae.encode(x).detach().double().numpy()
+        W, b = sae.W_dec.detach().double().numpy(), sae.b_dec.detach().double().numpy()
+        error = z - (f @ W + b)
+        expected = {
+            "l0": np.mean([np.count_nonzero(row) for row in f]),
+            "nmse": np.mean(np.sum(error**2, 1) / np.sum(z**2, 1)),
+            "norm_ratio": np.mean(
+                np.linalg.norm(f * np.linalg.norm(W, axis=1), axis=1) / np.linalg.norm(z, axis=1)
+            ),
+            "dead_features": np.sum(~(f != 0).any(0)),
+        }
+        assert {key: score[key] for key in expected} == pytest.approx(expected, rel=1e-4), name
+        # CE: the definition, with special tokens left as they are and out of the mean
+        keep = tokens != model.tokenizer.bos_token_id
+
+        def loss(hook_fn, keep=keep):
+            hooks = [] if hook_fn is None else [(hook, hook_fn)]
+            with torch.no_grad():
+                each = model.run_with_hooks(
+                    tokens, return_type="loss", loss_per_token=True, fwd_hooks=hooks
+                )
+            return each[keep[:, :-1]].mean().item()
+
+        def splice(acts, hook, sae=sae, keep=keep):
+            return torch.where(keep[..., None], sae.decode(sae.encode(acts)), acts)
+
+        zero = loss(lambda acts, hook: torch.zeros_like(acts))
+        recovered = (zero - loss(splice)) / (zero - loss(None))
+        assert score["ce_recovered"] == pytest.approx(recovered, abs=1e-3), name
+
+
+def test_the_log_has_every_sae(finished):
+    out, _ = finished
+    lines = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["sae"]) for line in lines[:4]] == [
+        (10, "topafa"), (10, "topk"), (10, "batchtopk"), (20, "topafa"),
+    ]  # fmt: skip
+
+
+def test_an_unknown_model_and_an_unknown_flag(capsys):
+    for arguments, message in (
+        (["demo", "--model", "gpt5"], "invalid choice: 'gpt5'"),
+        (["demo", "--layers", "3"], "unrecognized arguments: --layers 3"),
+        ([], "the following arguments are required: COMMAND"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(arguments)
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setitem(
+        DEMOS,
+        "embedded",
+        replace(
+            DEMOS["embedded"],
+            d_sae=64,
+            k=4,
+            setup=replace(DEMOS["embedded"].setup, training_tokens=1024),
+        ),
+    )
+    assert cli.main(["demo", "--out", str(blocked / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "sae-afa demo: error: " in error
+    assert str(blocked) in error
