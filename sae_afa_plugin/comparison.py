@@ -141,6 +141,7 @@ def train_and_score(
     """
     torch.manual_seed(setup.seed)
     steps = setup.training_tokens // setup.batch_size
+    out.mkdir(parents=True, exist_ok=True)  # before hours are spent
     (out / LOG_FILENAME).unlink(missing_ok=True)  # of an earlier run
     runner = LoggedMultiTrainingRunner(
         MultiSAETrainingRunnerConfig(
