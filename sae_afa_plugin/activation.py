@@ -8,7 +8,8 @@ this is an independent implementation of the rule.
 
 The rule is one PyTorch operator, ``torch.ops.sae_afa_plugin.top_afa``, with a kernel for each
 kind of device. All kernels give the same result. The definition they share: scores are
-products in float32 (float64 for float64 inputs); sums of squares and distances are float64.
+products in float32 (float64 for float64 inputs); sums of squares and distances are float64
+(float32 on MPS, which has nothing wider).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
     the activation itself. A row without positive scores gives zeros.
 
     The gradient with respect to ``acts`` passes to the kept features only; the choice itself
-    has no gradient.
+    has no gradient. Reverse mode only (``backward``, not ``torch.func.jvp``).
 
     Args:
         acts: Activations ``[..., d_sae]``, in float16, bfloat16, float32 or float64. Entries
@@ -45,7 +46,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
 
     Returns:
         ``[..., d_sae]`` in the dtype of ``acts``. A row in which a score or the target is NaN
-        or infinite is NaN throughout; other rows are not affected.
+        or infinite (also -inf) is NaN throughout; other rows are not affected.
 
     Raises:
         ValueError: If shapes, devices or dtypes do not fit together.

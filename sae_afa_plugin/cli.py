@@ -101,7 +101,9 @@ def _train(arguments: Sequence[str]) -> None:
     if cfg.output_path == "None":  # SAELens's parser keeps the word
         cfg.output_path = None
     known = [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
-    if cfg.model_class_name == "HookedTransformer" and cfg.model_name not in known:
+    if cfg.model_class_name == "HookedTransformer" and cfg.model_name.lower() not in (
+        name.lower() for name in known
+    ):
         near = get_close_matches(cfg.model_name, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see its model table"
         raise ValueError(f"TransformerLens has no model {cfg.model_name!r}: {hint}")

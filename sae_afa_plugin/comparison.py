@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_afa_plugin.sae import norm_along_last
-from sae_afa_plugin.training import LOG_FILENAME, LoggedMultiTrainingRunner
+from sae_afa_plugin.training import LoggedMultiTrainingRunner
 
 _SCORED_AT_ONCE = 1024  # tokens; bounds the [tokens, d_sae] matrices
 _PROMPTS_AT_ONCE = 16
@@ -142,7 +142,6 @@ def train_and_score(
     torch.manual_seed(setup.seed)
     steps = setup.training_tokens // setup.batch_size
     out.mkdir(parents=True, exist_ok=True)  # before hours are spent
-    (out / LOG_FILENAME).unlink(missing_ok=True)  # of an earlier run
     runner = LoggedMultiTrainingRunner(
         MultiSAETrainingRunnerConfig(
             saes=saes,

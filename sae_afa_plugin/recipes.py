@@ -42,7 +42,7 @@ def paper_runner_config(
     """
     runner_fields = {field.name for field in fields(LanguageModelSAERunnerConfig)}
     sae_fields = {field.name for field in fields(TopAFATrainingSAEConfig)}
-    unknown = sorted(set(overrides) - runner_fields - sae_fields)
+    unknown = sorted(set(overrides) - (runner_fields - {"sae"}) - sae_fields)
     if unknown:
         raise TypeError(
             f"unknown override {', '.join(unknown)}: overrides are fields of "

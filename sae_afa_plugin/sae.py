@@ -92,22 +92,27 @@ class _TopAFA(SAE[Any]):
         if math.prod(sae_in.shape[-n_last:]) != self.cfg.d_in:
             raise ValueError(
                 f"this topafa SAE has d_in={self.cfg.d_in}, but the activations have shape "
-                f"{tuple(sae_in.shape)}: use the hook it was made for, or build it with "
-                f"d_in={math.prod(sae_in.shape[-n_last:])}"
+                f"{tuple(sae_in.shape)}: use the hook it was made for, or another d_in"
             )
         return super().process_sae_in(sae_in)
 
-    def encode_centered(self, sae_in: Tensor) -> tuple[Tensor, Tensor]:
+    def decoder_norm(self) -> Tensor:
+        """Norms of the decoder's rows ``[d_sae]``, in float32 at least, without gradient."""
+        return norm_along_last(self.W_dec.detach())
+
+    def encode_centered(self, sae_in: Tensor, decoder_norm: Tensor) -> tuple[Tensor, Tensor]:
         """Encode z - b_dec ``[..., d_in]``, as :meth:`process_sae_in` returns it.
+
+        Args:
+            sae_in: z - b_dec ``[..., d_in]``.
+            decoder_norm: What :meth:`decoder_norm` returns.
 
         Returns:
             Feature activations and pre-activations, both ``[..., d_sae]``.
         """
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
         # top_afa never keeps what is not positive, so no ReLU has to run before it
-        feature_acts = top_afa(
-            hidden_pre, norm_along_last(sae_in).detach(), norm_along_last(self.W_dec).detach()
-        )
+        feature_acts = top_afa(hidden_pre, norm_along_last(sae_in).detach(), decoder_norm)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
     def decode_normalized(self, feature_acts: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ class TopAFASAE(_TopAFA, SAE[TopAFASAEConfig]):
     @override
     def encode(self, x: Tensor) -> Tensor:
         """Activations at the hook ``[..., d_in]`` to features ``[..., d_sae]``."""
-        feature_acts, _ = self.encode_centered(self.process_sae_in(x))
+        feature_acts, _ = self.encode_centered(self.process_sae_in(x), self.decoder_norm())
         return feature_acts
 
 
@@ -250,6 +255,9 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
                 stacklevel=3,
             )
             self.decoder_init_norm = 1.0
+        for name in ("afa_coefficient", "afa_warm_up_steps", "aux_loss_coefficient", "top_k_aux"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative: got {getattr(self, name)}")
         super().__post_init__()
         _check_config(self)
 
@@ -260,7 +268,8 @@ def _hold_unit_rows(W_dec: Tensor) -> None:
     A hook that autograd calls once the gradient of ``W_dec`` is complete, so before the clipping
     and the step of whatever trainer or optimizer is used.
     """
-    # .data: nothing in this backward pass reads W_dec any more, autograd need not know
+    # .data: nothing in this backward pass reads W_dec any more, autograd need not know. (Each
+    # backward pass belongs to the forward pass before it, as in every trainer of SAELens.)
     rows, grad = W_dec.data, W_dec.grad
     rows.div_(norm_along_last(rows).clamp(min=1e-8)[:, None])
     if grad is not None:
@@ -294,26 +303,23 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         super().__init__(cfg, use_error_term)
         self.b_enc.requires_grad_(cfg.train_encoder_bias)
         self._hold_decoder_rows()
-        # loading may replace the parameter, and with it the hook
-        self.register_load_state_dict_post_hook(
-            lambda module, _keys: module._hold_decoder_rows()  # pyright: ignore
-        )
 
     def _hold_decoder_rows(self) -> None:
+        """Put the hook on the decoder, unless it is there: copying or loading may lose it."""
         hooks = getattr(self.W_dec, "_post_accumulate_grad_hooks", None) or {}
         if self.W_dec.requires_grad and _hold_unit_rows not in hooks.values():
             self.W_dec.register_post_accumulate_grad_hook(_hold_unit_rows)
 
     @override
     def train(self, mode: bool = True) -> TopAFATrainingSAE:
-        # SAELens's trainers call this before every step. Copies of a parameter lose its hooks.
+        # SAELens's trainers call this before every step, outside of what they compile
         self._hold_decoder_rows()
         return super().train(mode)
 
     @override
     def encode_with_hidden_pre(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Activations ``[..., d_in]`` to features and pre-activations ``[..., d_sae]``."""
-        return self.encode_centered(self.process_sae_in(x))
+        return self.encode_centered(self.process_sae_in(x), self.decoder_norm())
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -327,8 +333,11 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One forward pass with its losses, all of them in the space of z."""
+        if not torch.compiler.is_compiling():
+            self._hold_decoder_rows()
         sae_in = self.process_sae_in(step_input.sae_in)
-        feature_acts, hidden_pre = self.encode_centered(sae_in)
+        decoder_norm = self.decoder_norm()
+        feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm)
         z = (sae_in + self.b_dec).detach()
         z_recons = self.decode_normalized(feature_acts)
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
@@ -349,8 +358,8 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
                 z=z,
                 z_recons=z_recons.detach(),
                 feature_acts=feature_acts.detach(),
-                W_dec=self.W_dec.detach(),
-                b_dec=self.b_dec.detach(),
+                decoder_norm=decoder_norm,
+                bias_norm=norm_along_last(self.b_dec.detach()),
                 dead_neuron_mask=step_input.dead_neuron_mask,
             ),
         )
@@ -373,7 +382,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         """
         z = step_input.sae_in
         # The gradient through the row norms runs along the rows, where it would be removed.
-        norm_f = norm_along_last(feature_acts * norm_along_last(self.W_dec).detach())
+        norm_f = norm_along_last(feature_acts * self.decoder_norm())
         coefficient = step_input.coefficients.get("afa", self.cfg.afa_coefficient)
         afa_loss = (norm_f - norm_along_last(z)).square().mean()
         return {
@@ -392,34 +401,38 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         # A compiled step cannot look at the mask, and multiplies by zero instead of returning.
         if not torch.compiler.is_compiling() and not any_dead:
             return residual.new_zeros(())
-        recons = dead_reconstruction(hidden_pre, self.W_dec, dead_neuron_mask, self.cfg.top_k_aux)
+        recons = dead_reconstruction(
+            hidden_pre.flatten(0, -2), self.W_dec, dead_neuron_mask, self.cfg.top_k_aux
+        ).view_as(residual)
         return any_dead * self.mse_loss_fn(recons, residual).sum(dim=-1).mean()
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """Fold the norms of the decoder rows into the encoder, so that the rows are unit."""
         super().process_state_dict_for_saving_inference(state_dict)
-        norms = self.get_W_dec_norm()
-        state_dict["W_enc"] = state_dict["W_enc"] * norms
-        state_dict["b_enc"] = state_dict["b_enc"] * norms
-        state_dict["W_dec"] = state_dict["W_dec"] / norms[:, None]
+        norms = self.decoder_norm().clamp(min=1e-8)
+        for name, factor in (("W_enc", norms), ("b_enc", norms), ("W_dec", 1 / norms[:, None])):
+            state_dict[name] = (state_dict[name] * factor).to(self.dtype)
 
 
 def _metrics(
     z: Tensor,
     z_recons: Tensor,
     feature_acts: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
+    decoder_norm: Tensor,
+    bias_norm: Tensor,
     dead_neuron_mask: Tensor | None,
 ) -> dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]:
-    """What a training step can tell, as callables: only logging steps pay for them."""
+    """What a training step can tell, as callables: only logging steps pay for them.
+
+    They are called when the weights have moved on, so nothing here may share their storage.
+    """
 
     def l0() -> Tensor:
         return feature_acts.count_nonzero(dim=-1).float()
 
     def norm_f() -> Tensor:
-        return norm_along_last(feature_acts * norm_along_last(W_dec))
+        return norm_along_last(feature_acts * decoder_norm)
 
     metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]] = {
         "mean_l0": lambda: l0().mean(),
@@ -428,7 +441,7 @@ def _metrics(
         "norm_ratio": lambda: (norm_f() / norm_along_last(z)).mean(),
         # the paper counts the bias as one feature that is always on
         "over_activated": lambda: (
-            (norm_f().square() + b_dec.square().sum() > norm_along_last(z).square()).float().mean()
+            (norm_f().square() + bias_norm.square() > norm_along_last(z).square()).float().mean()
         ),
         "nmse": lambda: ((z - z_recons).square().sum(-1) / z.square().sum(-1)).mean(),
     }

@@ -8,6 +8,7 @@ SAELens's, unchanged.
 from __future__ import annotations
 
 import json
+import math
 import time
 from difflib import get_close_matches
 from pathlib import Path
@@ -38,13 +39,22 @@ class TrainingLog:
     trained, and the keys that SAELens logs to wandb (``losses/...``, ``metrics/...``).
 
     Args:
-        path: The file to append to, made with its folder at the first line. None: only time.
+        path: The file to write, made with its folder at the first line. None: only time.
         every: Write each step whose number is divisible by this.
+        first_step: How many steps a resumed run has behind it. Lines up to there are kept, what
+            else an earlier run has left in the file is removed.
     """
 
-    def __init__(self, path: Path | None, every: int = 10):
+    def __init__(self, path: Path | None, every: int = 10, first_step: int = 0):
         self.path = path
         self.every = every
+        if path is not None and path.exists():
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines()
+                if json.loads(line)["step"] <= first_step
+            ]
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.seconds: dict[str, float] = {}
         self.steps: dict[str, int] = {}
 
@@ -57,7 +67,8 @@ class TrainingLog:
             output = step(batch)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.steps[name] = self.steps.get(name, 0) + 1
-            number = trainer.n_training_steps + 1
+            # not n_training_steps: checkpoints have it one too low
+            number = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
             if self.path is not None and number % self.every == 0:
                 self._write(trainer, output, name, number)
             return output
@@ -74,7 +85,20 @@ class TrainingLog:
         line.update(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity as None: JSON has no word for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _new_log(cfg: _RunnerConfig, trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> TrainingLog:
+    return TrainingLog(
+        None if cfg.output_path is None else Path(cfg.output_path) / LOG_FILENAME,
+        cfg.logger.wandb_log_frequency,
+        trainer.n_training_samples // cfg.train_batch_size_tokens,
+    )
 
 
 def check_batches(model: Any, cfg: _RunnerConfig) -> None:
@@ -127,6 +151,12 @@ def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = N
         near = get_close_matches(hook_name, list(model.hook_dict), n=3)
         hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"the model has no hook {hook_name!r}{hint}") from None
+    heads = acts.shape[2] if acts.ndim == 4 else 0
+    if head_index is not None and not -heads <= head_index < heads:
+        raise ValueError(
+            f"hook_head_index={head_index} does not fit {hook_name!r}, which has "
+            f"{heads or 'no'} heads"
+        )
     width = acts.shape[-1] if acts.ndim == 3 or head_index is not None else acts[0, 0].numel()
     if width != d_in:
         raise ValueError(
@@ -137,10 +167,6 @@ def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = N
 
 def _device(model: Any) -> torch.device:
     return next(model.parameters()).device
-
-
-def _log_path(output_path: str | None) -> Path | None:
-    return None if output_path is None else Path(output_path) / LOG_FILENAME
 
 
 class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
@@ -160,7 +186,7 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
 
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
-        self.log = TrainingLog(_log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency)
+        self.log = _new_log(self.cfg, trainer)
         self.log.watch(trainer)
         return super().run_trainer_with_interruption_handling(trainer)
 
@@ -181,7 +207,7 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
 
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
-        self.log = TrainingLog(_log_path(self.cfg.output_path), self.cfg.logger.wandb_log_frequency)
+        self.log = _new_log(self.cfg, trainer)
         for name, one in trainer.trainers.items():
             self.log.watch(one, name)
         return super()._run_with_interruption_handling(trainer)

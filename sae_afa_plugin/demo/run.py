@@ -56,7 +56,7 @@ DEMOS = {
         d_in=192,
         d_sae=1536,
         k=192,
-        setup=Comparison("blocks.4.hook_resid_pre", training_tokens=300 * 1024, lr=1e-3),
+        setup=Comparison("blocks.4.hook_resid_pre", training_tokens=256 * 1024),
     ),
     "smollm2": Demo(
         model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -64,7 +64,7 @@ DEMOS = {
         d_in=576,
         d_sae=2304,
         k=576,
-        setup=Comparison("blocks.10.hook_resid_pre", training_tokens=150 * 1024, lr=1e-3),
+        setup=Comparison("blocks.10.hook_resid_pre", training_tokens=150 * 1024),
     ),
 }
 
@@ -72,7 +72,11 @@ DEMOS = {
 def trained_like_topafa(
     cls: type[TopKTrainingSAEConfig], d_in: int, d_sae: int, k: int, **fields: Any
 ) -> TrainingSAEConfig:
-    """A TopK or BatchTopK config on the same inputs and initial decoder norm as top-AFA's."""
+    """A TopK or BatchTopK config on the same inputs and initial decoder norm as top-AFA's.
+
+    The loss remains SAELens's: for them it is the error in the space of x, not of z, so tokens
+    with a large variance count more than in the NMSE that is reported.
+    """
     return cls(
         d_in=d_in,
         d_sae=d_sae,

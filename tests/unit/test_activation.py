@@ -79,10 +79,10 @@ def test_features_too_small_to_move_the_sum_are_kept_below_the_target(keep):
     assert keep(acts, torch.tensor([1.0])).count_nonzero() == 1
 
 
-@pytest.mark.parametrize("scale", [1e-300, 1e300])
+@pytest.mark.parametrize("scale", [1e-300, 1e300, 5e-324])
 def test_float64_squares_do_not_leave_the_range(keep, scale):
     acts = torch.tensor([[3.0, 4.0, 1.0]], dtype=torch.float64) * scale
-    out = keep(acts, torch.tensor([4.9 * scale], dtype=torch.float64))
+    out = keep(acts, torch.tensor([5 * scale], dtype=torch.float64))
     assert (out != 0).tolist() == [[True, True, False]]
 
 

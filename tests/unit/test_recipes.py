@@ -43,3 +43,5 @@ def test_overrides_reach_the_runner_and_the_sae():
 def test_an_unknown_override_is_named():
     with pytest.raises(TypeError, match="unknown override batch_size, learning_rate: overrides"):
         paper_runner_config(learning_rate=1e-3, batch_size=3)
+    with pytest.raises(TypeError, match="unknown override sae"):
+        paper_runner_config(sae=TopAFATrainingSAEConfig(d_in=8, d_sae=32))

@@ -209,6 +209,12 @@ def test_refused_configs(cls):
         cls(d_in=8, d_sae=32, normalize_activations="covariance_whitening")
 
 
+@pytest.mark.parametrize("field", ["afa_coefficient", "aux_loss_coefficient", "top_k_aux"])
+def test_negative_settings_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field} must not be negative: got -1"):
+        TopAFATrainingSAEConfig(d_in=8, d_sae=32, **{field: -1})
+
+
 def test_another_decoder_norm_is_set_right_with_a_warning():
     with pytest.warns(UserWarning, match=r"decoder_init_norm is set to 1.0 \(got 0.1\)"):
         cfg = TopAFATrainingSAEConfig(d_in=8, d_sae=32, decoder_init_norm=0.1)
@@ -368,10 +374,10 @@ def test_losses_by_hand():
     assert out.losses["mse_loss"].item() == pytest.approx(mse, rel=1e-5)
     assert out.losses["afa_loss"].item() == pytest.approx(afa, rel=1e-5)
     assert out.losses["auxiliary_reconstruction_loss"].item() == 0
-    # dead: the first and the last; the larger of them, 3 * (1, 0), rebuilds what is left over
-    dead = torch.tensor([True, False, True])
+    # dead: the last two; the larger of them, 2 * (0, 1), rebuilds what is left over
+    dead = torch.tensor([False, True, True])
     out = sae.training_forward_pass(step_input(x, dead, {"afa": 0.25}))
-    aux = 0.5 * ((-1.08 - 3) ** 2 + 0.56**2)
+    aux = 0.5 * (1.08**2 + (0.56 - 2) ** 2)
     assert out.losses["auxiliary_reconstruction_loss"].item() == pytest.approx(aux, rel=1e-5)
     assert out.loss.item() == pytest.approx(mse + afa + aux, rel=1e-5)
     values = {name: float(metric()) for name, metric in out.metrics.items()}
@@ -389,8 +395,47 @@ def test_losses_by_hand():
     )
 
 
+def test_the_scheduled_coefficient_counts_not_the_configured_one():
+    sae, x = training_sae(afa_warm_up_steps=4), torch.randn(20, 16)
+    assert sae.get_coefficients()["afa"] == (1 / 32, 4)
+    full = sae.training_forward_pass(step_input(x, coefficients={"afa": 1 / 32}))
+    part = sae.training_forward_pass(step_input(x, coefficients={"afa": 1 / 320}))
+    assert part.losses["afa_loss"].item() == pytest.approx(full.losses["afa_loss"].item() / 10)
+
+
+def test_a_step_on_sequences_equals_the_step_on_tokens():
+    sae, x, dead = training_sae(top_k_aux=2), torch.randn(6, 5, 16), torch.arange(64) < 9
+    nested = sae.training_forward_pass(step_input(x, dead))
+    flat = sae.training_forward_pass(step_input(x.flatten(0, 1), dead))
+    assert {k: v.item() for k, v in nested.losses.items()} == pytest.approx(
+        {k: v.item() for k, v in flat.losses.items()}
+    )
+
+
+def test_hooks_see_the_reconstruction_of_z():
+    for sae in (inference_sae(), training_sae()):
+        seen = []
+        sae.hook_sae_recons.add_hook(lambda acts, hook, seen=seen: seen.append(acts))
+        x = torch.randn(5, 16)
+        f = sae.encode(x)
+        sae.decode(f)
+        torch.testing.assert_close(seen[0], f @ sae.W_dec + sae.b_dec)
+
+
+def test_metrics_do_not_move_with_the_weights():
+    sae = training_sae()
+    out = sae.training_forward_pass(step_input(torch.randn(40, 16)))
+    before = {name: float(metric()) for name, metric in out.metrics.items()}
+    with torch.no_grad():  # as an optimizer does before the metrics are asked for
+        for parameter in sae.parameters():
+            parameter.mul_(3)
+    assert {name: float(metric()) for name, metric in out.metrics.items()} == before
+
+
 def test_metrics_on_uneven_tokens():
     sae = training_sae(normalize_activations="none")
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(64, 1) + 0.5
     x = torch.cat([torch.randn(5, 16) * 3, torch.randn(3, 16) * 0.1])
     out = sae.training_forward_pass(step_input(x, torch.arange(64) < 3))
     assert all(callable(metric) for metric in out.metrics.values())
@@ -446,10 +491,10 @@ def test_copies_hold_their_rows_too(how, tmp_path):
         sae = TrainingSAE.load_from_disk(tmp_path)
     else:
         sae.load_state_dict(training_sae(seed=1).state_dict(), assign=True)
-    sae.train()
-    sae.train()  # the hook must not be there twice
+    for _ in range(2):  # the hook must not be there twice
+        sae.zero_grad()
+        sae.training_forward_pass(step_input(torch.randn(40, 16))).loss.backward()
     assert len(sae.W_dec._post_accumulate_grad_hooks) == 1
-    sae.training_forward_pass(step_input(torch.randn(40, 16))).loss.backward()
     along = (sae.W_dec.grad * sae.W_dec).sum(-1)
     torch.testing.assert_close(along, torch.zeros(64), rtol=0, atol=1e-5)
 
@@ -473,7 +518,7 @@ def test_gradient_of_the_loss():
     sae = training_sae(dtype="float64", normalize_activations="none", top_k_aux=2)
     x = torch.randn(3, 16, dtype=torch.float64)
     dead = torch.arange(64) < 5
-    sae.W_dec._post_accumulate_grad_hooks.clear()  # the plain gradient is wanted here
+    sae.W_dec.requires_grad_(False)  # its hook would change it
 
     def loss(W_enc, b_dec):
         parts = {"W_enc": W_enc, "b_dec": b_dec}

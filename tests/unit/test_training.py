@@ -229,6 +229,34 @@ def test_the_runner_trains_saves_and_logs(model, text, tmp_path):
     assert lines[0]["details/afa_coefficient"] == 1 / 32
 
 
+def test_the_log_starts_anew_and_a_resumed_run_continues_it(model, text, tmp_path):
+    fields = {
+        "n_checkpoints": 1,
+        "checkpoint_path": str(tmp_path / "checkpoints"),
+        "sae": TopAFATrainingSAEConfig(d_in=192, d_sae=384, afa_warm_up_steps=8),
+        "logger": LoggingConfig(log_to_wandb=False, wandb_log_frequency=2),
+    }
+
+    def run(**more):
+        LoggedTrainingRunner(
+            runner_config(tmp_path, **fields, **more), override_dataset=text, override_model=model
+        ).run()
+        log = (tmp_path / "out" / LOG_FILENAME).read_text().splitlines()
+        return [json.loads(line) for line in log]
+
+    run()
+    lines = run()
+    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [32 * line["details/afa_coefficient"] for line in lines] == [
+        0.25, 0.5, 0.75, 1, 1, 1,
+    ]  # fmt: skip
+    checkpoint = max((tmp_path / "checkpoints").glob("*/*"), key=lambda p: p.stat().st_mtime)
+    assert int(checkpoint.name) == 7 * 256
+    resumed = run(resume_from_checkpoint=str(checkpoint))
+    assert [line["step"] for line in resumed] == [2, 4, 6, 8, 10, 12]
+    assert resumed[:3] == lines[:3]
+
+
 def test_compiled_and_autocast_training_learn_the_same(model, text, tmp_path):
     nmse = {}
     for name, fields in {
@@ -343,3 +371,7 @@ def test_a_wrong_width_is_named_before_training(model, text, tmp_path):
     # heads count together, unless one is chosen
     check_hook(model, "blocks.4.attn.hook_z", 192)
     check_hook(model, "blocks.4.attn.hook_z", 32, head_index=1)
+    with pytest.raises(ValueError, match="hook_head_index=6 does not fit .* which has 6 heads"):
+        check_hook(model, "blocks.4.attn.hook_z", 32, head_index=6)
+    with pytest.raises(ValueError, match="hook_head_index=1 does not fit .* which has no heads"):
+        check_hook(model, HOOK, 192, head_index=1)
