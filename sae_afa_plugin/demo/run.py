@@ -55,7 +55,7 @@ DEMOS = {
         load=load_embedded_model,
         d_in=192,
         d_sae=1536,
-        k=192,
+        k=342,
         setup=Comparison("blocks.4.hook_resid_pre", training_tokens=256 * 1024),
     ),
     "smollm2": Demo(
@@ -63,7 +63,7 @@ DEMOS = {
         load=lambda: load_smollm2(smollm2_folder()),
         d_in=576,
         d_sae=2304,
-        k=576,
+        k=536,
         setup=Comparison("blocks.10.hook_resid_pre", training_tokens=150 * 1024),
     ),
 }
