@@ -36,6 +36,7 @@ class Demo:
         load: Gives the model.
         d_in: Width of its residual stream.
         d_sae: Dictionary size.
+        afa_coefficient: Weight of top-AFA's loss, one of the paper's values.
         k: Active features of TopK and BatchTopK: about what top-AFA settles at under these
             settings, so that the rows of the table compare.
         setup: Everything else.
@@ -45,6 +46,7 @@ class Demo:
     load: Callable[[], Any]
     d_in: int
     d_sae: int
+    afa_coefficient: float
     k: int
     setup: Comparison
 
@@ -55,7 +57,8 @@ DEMOS = {
         load=load_embedded_model,
         d_in=192,
         d_sae=1536,
-        k=342,
+        afa_coefficient=1 / 128,
+        k=242,
         setup=Comparison("blocks.4.hook_resid_pre", training_tokens=256 * 1024),
     ),
     "smollm2": Demo(
@@ -63,6 +66,7 @@ DEMOS = {
         load=lambda: load_smollm2(smollm2_folder()),
         d_in=576,
         d_sae=2304,
+        afa_coefficient=1 / 32,
         k=536,
         setup=Comparison("blocks.10.hook_resid_pre", training_tokens=150 * 1024),
     ),
@@ -100,7 +104,9 @@ def run_demo(name: str, out: Path) -> list[Score]:
     model = demo.load()
     context = demo.setup.context_size
     saes: dict[str, TrainingSAEConfig] = {
-        "topafa": TopAFATrainingSAEConfig(d_in=demo.d_in, d_sae=demo.d_sae),
+        "topafa": TopAFATrainingSAEConfig(
+            d_in=demo.d_in, d_sae=demo.d_sae, afa_coefficient=demo.afa_coefficient
+        ),
         "topk": trained_like_topafa(TopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k),
         "batchtopk": trained_like_topafa(
             BatchTopKTrainingSAEConfig,
