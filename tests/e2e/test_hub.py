@@ -327,7 +327,7 @@ def broken_sae(folder: Path) -> Path:
         pytest.param({"d_in": 48}, ["width 32", "d_in=48", HOOK], id="wrong width"),
         pytest.param(
             {"model_name": "gpt3"},
-            ["TransformerLens has no model 'gpt3'", "did you mean gpt2"],
+            ["TransformerLens has no model 'gpt3': did you mean ", "gpt2"],
             id="unknown model",
         ),
         pytest.param(
