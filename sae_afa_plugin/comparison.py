@@ -25,7 +25,7 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_afa_plugin.sae import norm_along_last
+from sae_afa_plugin.metrics import norm_along_last
 from sae_afa_plugin.training import LoggedMultiTrainingRunner
 
 _SCORED_AT_ONCE = 1024  # tokens; bounds the [tokens, d_sae] matrices

@@ -31,6 +31,7 @@ from typing_extensions import override
 
 from sae_afa_plugin.activation import top_afa
 from sae_afa_plugin.dead_features import dead_reconstruction
+from sae_afa_plugin.metrics import norm_along_last
 
 ARCHITECTURE = "topafa"
 
@@ -51,17 +52,6 @@ def _check_config(cfg: SAEConfig) -> None:
             "does not preserve the norm that decides how many features are kept: use "
             "'layer_norm', 'expected_average_only_in', 'constant_norm_rescale' or 'none'"
         )
-
-
-def norm_along_last(x: Tensor) -> Tensor:
-    """Euclidean norm over the last dimension, in float32 at least.
-
-    Example:
-        >>> norm_along_last(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
-        tensor([5.])
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
 class _TopAFA(SAE[Any]):

@@ -1,0 +1,298 @@
+"""The AFA metric in plain tensors: per token, per dictionary, and summed up over many tokens.
+
+Paper: Lee, Davies, Canby and Hockenmaier, "Evaluating and Designing Sparse Autoencoders by
+Approximating Quasi-Orthogonality" (COLM 2025, arXiv 2503.24277). On a nearly orthogonal
+dictionary the norm of the feature vector is about the norm of what it reconstructs.
+
+Nothing here knows SAELens: which tensors an SAE of which family brings is in ``families``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+_ROWS_AT_ONCE = 2048  # of the Gram matrix: 200 MB in float32 for 24,576 columns
+
+
+def norm_along_last(x: Tensor) -> Tensor:
+    """Euclidean norm over the last dimension, in float32 at least.
+
+    Example:
+        >>> norm_along_last(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+        tensor([5.])
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+
+
+def epsilon_lbo(norm_z: Tensor, norm_f: Tensor, d_sae: int) -> Tensor:
+    """The least quasi-orthogonality constant that a token forces on its dictionary.
+
+    ``| ||z||^2 - ||f||^2 | / ((d_sae - 1) ||f||^2)``, section 3 of the paper.
+
+    Args:
+        norm_z: Norms of what is reconstructed, any shape.
+        norm_f: Norms of the features on the unit-norm dictionary, the same shape.
+        d_sae: Number of features, at least 2.
+
+    Returns:
+        The same shape, at least float32. NaN where no feature is active: nothing is forced.
+
+    Raises:
+        ValueError: If ``d_sae`` is below 2.
+
+    Example:
+        >>> epsilon_lbo(torch.tensor([3.0]), torch.tensor([2.0]), d_sae=6)
+        tensor([0.2500])
+    """
+    if d_sae < 2:
+        raise ValueError(f"epsilon_lbo needs a dictionary of two features or more: got {d_sae}")
+    squared_f = norm_f.double().square()
+    epsilon = (norm_z.double().square() - squared_f).abs() / ((d_sae - 1) * squared_f)
+    epsilon = torch.where(squared_f == 0, torch.nan, epsilon)
+    return epsilon.to(torch.promote_types(norm_f.dtype, torch.float32))
+
+
+class AFATokenMetrics(NamedTuple):
+    """Every quantity of the AFA metric for each token; tensors of one shape.
+
+    Args:
+        norm_z: ``||z||``, what the theory expects of the feature norm.
+        norm_f: ``sqrt(||f||^2 + ||b||^2)`` with f on the unit-norm dictionary: the paper's
+            convention, in which the decoder bias is one feature that is always on.
+        norm_z_centered: ``||z - b||``.
+        norm_f_centered: ``||f||`` on the unit-norm dictionary, without the bias.
+        over_activated: ``norm_f > norm_z``, above the diagonal of the ZF plot.
+        epsilon_lbo: :func:`epsilon_lbo` of ``norm_z`` and ``norm_f``. It contains
+            reconstruction error, so it may exceed the dictionary's coherence.
+        epsilon_lbo_recon: The same of the reconstruction without bias and ``norm_f_centered``:
+            never above the coherence.
+        interference: ``(||z_hat - b||^2 - ||f||_2^2) / (||f||_1^2 - ||f||_2^2)``, the
+            activation-weighted mean cosine between the active directions (for signed features
+            no longer a mean). Its absolute value is never above the coherence. NaN where fewer
+            than two features are active.
+        nmse: ``||z - z_hat||^2 / ||z||^2``; NaN where z is zero.
+        l0: Number of active features.
+    """
+
+    norm_z: Tensor
+    norm_f: Tensor
+    norm_z_centered: Tensor
+    norm_f_centered: Tensor
+    over_activated: Tensor
+    epsilon_lbo: Tensor
+    epsilon_lbo_recon: Tensor
+    interference: Tensor
+    nmse: Tensor
+    l0: Tensor
+
+
+def token_metrics(z: Tensor, recons_centered: Tensor, f_unit: Tensor, b: Tensor) -> AFATokenMetrics:
+    """The AFA metric of tokens whose features and reconstruction are known.
+
+    Args:
+        z: What the SAE reconstructs, in the space of its decoder ``[..., d]``.
+        recons_centered: The reconstruction without the decoder bias ``[..., d]``.
+        f_unit: Features on the unit-norm dictionary, ``f_i * ||d_i||`` ``[..., d_sae]``.
+        b: The decoder bias ``[d]``.
+
+    Returns:
+        Tensors of the leading shape, at least float32.
+
+    Example:
+        Two features at 60 degrees (cosine 0.5), a perfect reconstruction of 1 and 2:
+
+        >>> d = torch.tensor([[1.0, 0.0], [0.5, 0.75**0.5]])
+        >>> f = torch.tensor([[1.0, 2.0]])
+        >>> m = token_metrics(f @ d, f @ d, f, torch.zeros(2))
+        >>> round(m.interference.item(), 4), round(m.epsilon_lbo.item(), 4), m.l0.item()
+        (0.5, 0.4, 2)
+    """
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    z, recons_centered, b = z.to(dtype), recons_centered.to(dtype), b.to(dtype)
+    z_centered = z - b
+    d_sae = f_unit.shape[-1]
+    l0 = f_unit.count_nonzero(dim=-1)
+    norm_z = norm_along_last(z)
+    norm_f_centered = norm_along_last(f_unit)
+    norm_recons = norm_along_last(recons_centered).double()
+    l1 = torch.linalg.vector_norm(f_unit, ord=1, dim=-1, dtype=dtype).double()
+    squared_f = norm_f_centered.double().square()
+    norm_f = (squared_f + b.double().square().sum()).sqrt().to(dtype)
+
+    pairs = torch.where(l0 < 2, torch.nan, l1.square() - squared_f)
+    interference = (norm_recons.square() - squared_f) / pairs
+    squared_z = norm_z.double().square()
+    squared_error = norm_along_last(z_centered - recons_centered).double().square()
+    return AFATokenMetrics(
+        norm_z=norm_z,
+        norm_f=norm_f,
+        norm_z_centered=norm_along_last(z_centered),
+        norm_f_centered=norm_f_centered,
+        over_activated=norm_f > norm_z,
+        epsilon_lbo=epsilon_lbo(norm_z, norm_f, d_sae),
+        epsilon_lbo_recon=epsilon_lbo(norm_recons, norm_f_centered, d_sae).to(dtype),
+        interference=interference.to(dtype),
+        nmse=torch.where(squared_z == 0, torch.nan, squared_error / squared_z).to(dtype),
+        l0=l0,
+    )
+
+
+# --- dictionaries ---
+
+
+class DictionaryCoherence(NamedTuple):
+    """How far a dictionary is from orthogonal.
+
+    Args:
+        max_abs_cos: The coherence, the largest ``|cos|`` between two different directions.
+        mean_abs_cos: The mean of ``|cos|`` over all pairs of different directions.
+        welch_bound: ``sqrt((h - d) / (d (h - 1)))``, the least coherence that any dictionary
+            of h directions in d dimensions can have; 0 for h <= d.
+    """
+
+    max_abs_cos: float
+    mean_abs_cos: float
+    welch_bound: float
+
+
+@torch.no_grad()
+def dictionary_coherence(W_dec: Tensor) -> DictionaryCoherence:
+    """The coherence of a decoder, in blocks: memory grows with d_sae, not with its square.
+
+    Args:
+        W_dec: Decoder directions ``[d_sae, d]``, of any norm. Rows of zeros have no direction
+            and are left out.
+
+    Raises:
+        ValueError: If fewer than two rows have a direction.
+
+    Example:
+        >>> dictionary_coherence(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 4.0]]))
+        DictionaryCoherence(max_abs_cos=0.8..., mean_abs_cos=0.46..., welch_bound=0.5)
+    """
+    unit = W_dec.detach().to(torch.promote_types(W_dec.dtype, torch.float32))
+    norms = norm_along_last(unit)
+    unit = unit / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+    if not norms.all():
+        unit = unit[norms > 0]
+    h, d = unit.shape
+    if h < 2:
+        raise ValueError(f"coherence needs two directions or more: W_dec has {h} that are not zero")
+    largest, total = 0.0, 0.0
+    for start in range(0, h, _ROWS_AT_ONCE):
+        rows = unit[start : start + _ROWS_AT_ONCE]
+        # each pair once: this block with itself, and with everything after it
+        within = (rows @ rows.T).abs_().fill_diagonal_(0.0)
+        after = (rows @ unit[start + len(rows) :].T).abs_()
+        total += within.sum(dtype=torch.float64).item() / 2
+        total += after.sum(dtype=torch.float64).item()
+        largest = max(largest, *(part.max().item() for part in (within, after) if part.numel()))
+    welch = ((h - d) / (d * (h - 1))) ** 0.5 if h > d else 0.0
+    # rounding alone may leave two equal directions just above 1
+    return DictionaryCoherence(min(largest, 1.0), total / (h * (h - 1) / 2), welch)
+
+
+# --- many tokens ---
+
+
+def summarize(tokens: pd.DataFrame) -> dict[str, float]:
+    """Sum up a table of tokens: exact quantiles, whatever the order or batches they came in.
+
+    Args:
+        tokens: One row for each token, with the columns of :class:`AFATokenMetrics`; others are
+            ignored. Values that are NaN are undefined for that token (see there) and left out
+            of that quantity.
+
+    Returns:
+        ``<quantity>_mean``, ``_q05``, ``_q25``, ``_median``, ``_q75`` and ``_q95`` for each
+        quantity and for ``norm_ratio`` (``norm_f / norm_z``), the shares ``over_activated`` and
+        ``over_activated_centered``, and how many tokens have an undefined ``interference``,
+        ``epsilon_lbo`` or ``norm_ratio`` as ``<quantity>_undefined``.
+
+    Example:
+        >>> table = pd.DataFrame(
+        ...     {name: [1.0, 2.0, 6.0] for name in AFATokenMetrics._fields}
+        ... ).assign(over_activated=[True, False, False])
+        >>> summary = summarize(table)
+        >>> summary["nmse_mean"], summary["nmse_median"], round(summary["over_activated"], 2)
+        (3.0, 2.0, 0.33)
+    """
+    columns = {
+        name: tokens[name].to_numpy(dtype=np.float64)
+        for name in AFATokenMetrics._fields
+        if name != "over_activated"
+    }
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = columns["norm_f"] / columns["norm_z"]
+    columns["norm_ratio"] = np.where(columns["norm_z"] > 0, ratio, np.nan)
+    summary: dict[str, float] = {
+        "over_activated": _share(tokens["over_activated"].to_numpy(dtype=bool)),
+        "over_activated_centered": _share(columns["norm_f_centered"] > columns["norm_z_centered"]),
+    }
+    for name, values in columns.items():
+        values = np.sort(values[~np.isnan(values)])
+        # sorted first, so that the sum does not depend on the order of the tokens
+        summary[f"{name}_mean"] = float(values.mean()) if len(values) else float("nan")
+        cuts = np.quantile(values, list(QUANTILES.values())) if len(values) else [np.nan] * 5
+        summary.update({f"{name}_{q}": float(c) for q, c in zip(QUANTILES, cuts, strict=True)})
+        if name in ("interference", "epsilon_lbo", "norm_ratio"):
+            summary[f"{name}_undefined"] = len(tokens) - len(values)
+    return summary
+
+
+def _share(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+class TokenColumns:
+    """Collects the metrics of batches of tokens; :meth:`frame` is their table.
+
+    Exact and simple rather than sketched: 44 bytes a token, so a million tokens of one SAE are
+    44 MB.
+
+    Example:
+        >>> columns = TokenColumns()
+        >>> f = torch.tensor([[1.0, 2.0]])
+        >>> columns.add(token_metrics(f, f, f, torch.zeros(2)))
+        >>> summarize(columns.frame())["l0_mean"]
+        2.0
+    """
+
+    def __init__(self) -> None:
+        self._batches: list[dict[str, np.ndarray]] = []
+
+    def add(self, metrics: AFATokenMetrics) -> None:
+        """Append one batch, of any leading shape."""
+        batch = metrics._asdict()
+        batch["l0"] = batch["l0"].int()
+        self._batches.append({name: t.flatten().cpu().numpy() for name, t in batch.items()})
+
+    def frame(self) -> pd.DataFrame:
+        """One row for each token, in the order they came."""
+        return pd.DataFrame(
+            {
+                name: np.concatenate([batch[name] for batch in self._batches] or [np.empty(0)])
+                for name in AFATokenMetrics._fields
+            }
+        )
+
+
+def is_finite(tokens: pd.DataFrame) -> np.ndarray:
+    """Which tokens have finite norms and errors: the others come from NaN or overflow.
+
+    Args:
+        tokens: A table as :meth:`TokenColumns.frame` gives it.
+    """
+    norms: Iterable[str] = ("norm_z", "norm_f", "norm_z_centered", "norm_f_centered")
+    finite = np.isfinite(tokens[list(norms)].to_numpy()).all(axis=1)
+    # an NMSE is also NaN where z is zero, which is a value like any other
+    nmse = tokens["nmse"].to_numpy()
+    return finite & (np.isfinite(nmse) | (tokens["norm_z"].to_numpy() == 0))
