@@ -13,7 +13,7 @@ finds z, f and the decoder for every family of SAELens, so that ``metrics`` need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,7 +65,7 @@ def why_not(architecture: str, normalize_activations: str, has_output_hook: bool
 
 
 @contextmanager
-def _heads_already_flat(sae: SAE[Any]) -> Iterator[None]:
+def _heads_already_flat(sae: SAE[Any]) -> Generator[None]:
     """Let an SAE for attention heads take ``[..., d_in]``, as all others do."""
     reshape: Callable[[Tensor], Tensor] = sae.reshape_fn_in
     sae.reshape_fn_in = lambda x: x
@@ -151,10 +151,11 @@ class AFAReader:
         """
         x = self._flat(x, self.sae.cfg.d_in)
         f = self._encode(x).to(self._W_dec.dtype)
-        self.fired |= (f != 0).flatten(0, -2).any(0)
+        active = f != 0
+        self.fired |= active.flatten(0, -2).any(0)
         recons = f @ self._W_dec
         f_unit = f if self._on_unit_rows else f * self._norms
-        return token_metrics(self._target(x, x_out), recons, f_unit, self._b_dec)
+        return token_metrics(self._target(x, x_out), recons, f_unit, self._b_dec, l0=active.sum(-1))
 
     @torch.no_grad()
     def check_decoder(self, x: Tensor) -> None:
@@ -172,7 +173,7 @@ class AFAReader:
         x = self._flat(x, self.sae.cfg.d_in)
         f = self._encode(x)
         seen: list[Tensor] = []
-        self.sae.hook_sae_recons.add_hook(lambda recons, hook: seen.append(recons))
+        self.sae.hook_sae_recons.add_hook(lambda tensor, *, hook: seen.append(tensor))
         reshape, self.sae.reshape_fn_out = self.sae.reshape_fn_out, lambda x, d_head: x
         try:
             self.sae.decode(f)
@@ -182,9 +183,8 @@ class AFAReader:
         expected = f.to(self._W_dec.dtype) @ self._W_dec + self._b_dec
         # low precision: the SAE's own sum rounds, ours does not
         tolerance = 1e-3 if self.sae.dtype in (torch.float32, torch.float64) else 0.05
-        if not seen or not torch.allclose(
-            seen[0].to(expected), expected, rtol=tolerance, atol=tolerance * expected.abs().max()
-        ):
+        slack = tolerance * expected.abs().max().item()
+        if not seen or not torch.allclose(seen[0].to(expected), expected, rtol=0, atol=slack):
             raise ValueError(
                 f"architecture {self.sae.cfg.architecture()!r} is not supported: its decode is "
                 "not f @ W_dec + b_dec"

@@ -94,7 +94,9 @@ class AFATokenMetrics(NamedTuple):
     l0: Tensor
 
 
-def token_metrics(z: Tensor, recons_centered: Tensor, f_unit: Tensor, b: Tensor) -> AFATokenMetrics:
+def token_metrics(
+    z: Tensor, recons_centered: Tensor, f_unit: Tensor, b: Tensor, l0: Tensor | None = None
+) -> AFATokenMetrics:
     """The AFA metric of tokens whose features and reconstruction are known.
 
     Args:
@@ -102,6 +104,8 @@ def token_metrics(z: Tensor, recons_centered: Tensor, f_unit: Tensor, b: Tensor)
         recons_centered: The reconstruction without the decoder bias ``[..., d]``.
         f_unit: Features on the unit-norm dictionary, ``f_i * ||d_i||`` ``[..., d_sae]``.
         b: The decoder bias ``[d]``.
+        l0: Number of active features ``[...]``, where it is known already. Features whose
+            direction is zero count, and are not seen in ``f_unit``.
 
     Returns:
         Tensors of the leading shape, at least float32.
@@ -119,7 +123,7 @@ def token_metrics(z: Tensor, recons_centered: Tensor, f_unit: Tensor, b: Tensor)
     z, recons_centered, b = z.to(dtype), recons_centered.to(dtype), b.to(dtype)
     z_centered = z - b
     d_sae = f_unit.shape[-1]
-    l0 = f_unit.count_nonzero(dim=-1)
+    l0 = f_unit.count_nonzero(dim=-1) if l0 is None else l0
     norm_z = norm_along_last(z)
     norm_f_centered = norm_along_last(f_unit)
     norm_recons = norm_along_last(recons_centered).double()
