@@ -1,0 +1,633 @@
+"""Evaluate many SAEs on one pass of a language model.
+
+The model runs once and leaves the activations of all hooks; then the SAEs are loaded one after
+the other, each once, and read them in chunks. So memory holds the model, one SAE, and two parts
+of a stated budget: the activations (beyond it they lie in a temporary file) and the
+``[tokens, d_sae]`` matrices of a chunk.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from sae_lens import SAE, run_evals
+from sae_lens.evals import EvalConfig
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.activations_store import ActivationsStore
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_afa_plugin.families import AFAReader, why_not
+from sae_afa_plugin.metrics import TokenColumns, dictionary_coherence, is_finite, summarize
+from sae_afa_plugin.models import hook_in, load_language_model, shared_model
+from sae_afa_plugin.results import AFAResults, FinishedSAE, ResultsFolder
+from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
+from sae_afa_plugin.tokens import PROTOCOLS, AnyDataset, Protocol, TokenSample, sample_tokens
+from sae_afa_plugin.training import check_hook
+
+_DATASETS = {"default": "Skylion007/openwebtext", "paper": "NeelNanda/pile-10k"}
+# matrices [tokens, d_sae] that live at once: an encoder has up to three, the metric two
+_MATRICES = 5
+_MOST_AT_ONCE = 1024  # tokens; larger chunks are slower on CPUs, they leave the caches
+_CORE_CONFIG = EvalConfig(
+    compute_kl=True, compute_ce_loss=True, compute_variance_metrics=True,
+    compute_sparsity_metrics=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How SAEs are evaluated, beside which tokens.
+
+    Args:
+        batch_size_prompts: Sequences in one forward pass of the language model.
+        memory_budget: Bytes for the activations, and again for the matrices of a chunk.
+        device: For the model and the SAEs; None: a GPU if there is one.
+        dtype: SAEs are loaded in this dtype. Objects stay as they are.
+        coherence: Whether to compute the coherence of each dictionary, ``d_sae^2 d_in``
+            multiplications.
+        core: Whether to add SAELens's own metrics (CE and KL recovered, explained variance, L0)
+            as ``core_...``: three more passes of the model for each SAE.
+        core_tokens: Tokens for these.
+        progress: Whether to show bars and what has been loaded.
+    """
+
+    batch_size_prompts: int = 16
+    memory_budget: int = 1 << 30
+    device: str | None = None
+    dtype: str = "float32"
+    coherence: bool = True
+    core: bool = False
+    core_tokens: int = 8192
+    progress: bool = True
+
+
+def evaluate_release(
+    release: str,
+    sae_ids: str | Sequence[str] | None = None,
+    model: Any = None,
+    dataset: AnyDataset | None = None,
+    **options: Any,
+) -> AFAResults:
+    """The AFA metric of SAEs that SAELens can load by name.
+
+    Args:
+        release: A release of SAELens's catalogue, or a repository on the hub.
+        sae_ids: Ids or patterns like ``blocks.*.hook_resid_pre``; None: all.
+        model: As for :func:`evaluate_saes`.
+        dataset: As for :func:`evaluate_saes`.
+        options: As for :func:`evaluate_saes`.
+
+    Raises:
+        ValueError: If the release or an id is not known; and as :func:`evaluate_saes`.
+
+    Example:
+        >>> results = evaluate_release(  # doctest: +SKIP
+        ...     "gpt2-small-res-jb", "blocks.*.hook_resid_pre", n_tokens=20_000
+        ... )
+    """
+    patterns = [sae_ids] if isinstance(sae_ids, str) else sae_ids
+    return evaluate_sources(sources_of_release(release, patterns), model, dataset, **options)
+
+
+def evaluate_saes(
+    saes: Mapping[str, SAE[Any] | Path | str | tuple[str, str]],
+    model: Any = None,
+    dataset: AnyDataset | None = None,
+    **options: Any,
+) -> AFAResults:
+    """The AFA metric of several SAEs on the same tokens, in one pass of the language model.
+
+    Args:
+        saes: By name: an SAE, the folder of a saved one, or ``(release, sae_id)``.
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``; the
+            name of a model; a local folder; or None for the one that the SAEs' metadata name.
+        dataset: See :func:`sae_afa_plugin.tokens.sample_tokens`. None: openwebtext, or pile-10k
+            for the paper's protocol.
+        options: ``protocol`` (``"default"``, ``"paper"`` or a
+            :class:`sae_afa_plugin.tokens.Protocol`) and any field of it, ``dataset_config``,
+            ``split``, any field of :class:`Evaluation`, and ``out``: a folder where each SAE's
+            results are kept as soon as they are known, so that an interrupted evaluation
+            continues.
+
+    Returns:
+        Summary, tokens and metadata. SAEs that cannot be evaluated are in
+        ``metadata["refused"]`` with the reason.
+
+    Raises:
+        ValueError: If none of the SAEs can be evaluated, there are no tokens, or ``out`` holds
+            results of other settings.
+
+    Example:
+        >>> from sae_afa_plugin import TopAFASAE, TopAFASAEConfig
+        >>> sae = TopAFASAE(TopAFASAEConfig(d_in=192, d_sae=384))
+        >>> sae.cfg.metadata.hook_name = "blocks.4.hook_resid_pre"
+        >>> results = evaluate_saes(
+        ...     {"fresh": sae}, "sae-afa-demo", "embedded", n_tokens=200, progress=False
+        ... )
+        >>> len(results.tokens), bool(results.summary.loc["fresh", "norm_ratio_median"] > 0.9)
+        (200, True)
+    """
+    return evaluate_sources(sources_of(saes), model, dataset, **options)
+
+
+def evaluate_sources(
+    sources: Sequence[SAESource],
+    model: Any = None,
+    dataset: AnyDataset | None = None,
+    *,
+    protocol: Protocol | Literal["default", "paper"] = "default",
+    dataset_config: str | None = None,
+    split: str = "train",
+    out: str | Path | None = None,
+    **fields: Any,
+) -> AFAResults:
+    """What :func:`evaluate_saes` and :func:`evaluate_release` share; see there."""
+    names = [source.name for source in sources]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"SAEs need names of their own: got {names}")
+    which, how = _options(protocol, fields)
+    if dataset is None:
+        dataset = _DATASETS["paper" if protocol == "paper" else "default"]
+    say: Callable[[str], None] = tqdm.write if how.progress else lambda line: None
+
+    configs, refused = _readable(sources)
+    if not configs:
+        raise _none_left(refused)
+    which = _as_trained(which, configs, dataset, fields)
+    settings = {
+        "model": _identity(model, configs),
+        "dataset": str(dataset) if isinstance(dataset, str | Path) else "in memory",
+        "dataset_config": dataset_config,
+        "split": split,
+        **asdict(which),
+        "dtype": how.dtype,
+        "coherence": how.coherence,
+        "core_tokens": how.core_tokens if how.core else 0,
+    }
+    folder = None if out is None else ResultsFolder(Path(out), settings)
+    done: dict[str, FinishedSAE] = {}
+    if folder is not None:
+        done, damaged = folder.finished()
+        for line in damaged:
+            say(line)
+        changed = [s.name for s in sources if s.name in done and _has_changed(s, done)]
+        done = {name: one for name, one in done.items() if name not in changed}
+    missing = [s for s in sources if s.name in configs and s.name not in done]
+    if done:
+        say(f"{len(done)} SAEs were finished before, {len(missing)} are to do")
+
+    if missing or folder is None:
+        model = _loaded(model, missing, configs, how, which)
+        sample = sample_tokens(model, dataset, which, dataset_config, split, how.progress)
+        if sample.n_tokens < which.n_tokens:
+            say(f"the dataset has {sample.n_tokens:,} tokens, not {which.n_tokens:,}")
+        sequences = _sequences_table(sample, model)
+        if folder is not None:
+            folder.keep_sequences(sequences)
+        fitting = _fitting(missing, configs, model, refused)
+        activations = _Activations(model, sample, fitting, configs, how, folder)
+        for source in tqdm(fitting, desc="SAEs", unit="SAE", disable=not how.progress):
+            try:
+                one = _evaluate(source, activations, sample, model, which, how, say)
+            except (ValueError, OSError) as error:
+                # the others go on, and what this one needs may be mended before the next run
+                refused[source.name] = " ".join(str(error).split())
+                continue
+            if folder is not None:
+                folder.add(one)
+            done[source.name] = one
+    else:
+        sequences = folder.sequences()
+    for name, reason in refused.items():
+        say(f"{name}: not evaluated: {reason}")
+    if not done:
+        raise _none_left(refused)
+    order = [name for name in names if name in done]
+    order += [name for name in done if name not in names]
+    results = _assemble([done[name] for name in order], sequences, settings, refused)
+    if folder is not None:
+        folder.complete(results)
+    return results
+
+
+# --- before anything is loaded ---
+
+
+def _options(protocol: Any, given: Mapping[str, Any]) -> tuple[Protocol, Evaluation]:
+    """Sort the options into those about tokens and those about the evaluation."""
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}: got {protocol!r}")
+        protocol = PROTOCOLS[protocol]
+    known = {cls: [f.name for f in dataclass_fields(cls)] for cls in (Protocol, Evaluation)}
+    for name in given:
+        if name not in known[Protocol] + known[Evaluation]:
+            near = get_close_matches(name, known[Protocol] + known[Evaluation], n=2)
+            hint = f": did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"there is no option {name!r}{hint}")
+    return (
+        replace(protocol, **{k: v for k, v in given.items() if k in known[Protocol]}),
+        Evaluation(**{k: v for k, v in given.items() if k in known[Evaluation]}),
+    )
+
+
+def _readable(
+    sources: Iterable[SAESource],
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The configs of the SAEs that can be evaluated, and why the others cannot."""
+    configs: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    for source in sources:
+        try:
+            config = source.config()
+        except ValueError as error:
+            refused[source.name] = str(error)
+            continue
+        metadata = config["metadata"]
+        reason = why_not(
+            config["architecture"],
+            source.normalization_after_loading(),
+            bool(metadata.get("hook_name_out")),
+        )
+        if reason is None and not metadata.get("hook_name"):
+            reason = "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
+        if reason is None:
+            configs[source.name] = config
+        else:
+            refused[source.name] = reason
+    return configs, refused
+
+
+def _none_left(refused: Mapping[str, str]) -> ValueError:
+    name, reason = next(iter(refused.items()))
+    others = f" ({len(refused) - 1} others neither)" if len(refused) > 1 else ""
+    return ValueError(f"{name!r} cannot be evaluated{others}: {reason}")
+
+
+def _as_trained(
+    which: Protocol,
+    configs: Mapping[str, Mapping[str, Any]],
+    dataset: AnyDataset,
+    given: Mapping[str, Any],
+) -> Protocol:
+    """Fill in what follows from the SAEs: whether they know BOS, and how long their contexts are."""
+    metadata = [config["metadata"] for config in configs.values()]
+    if which.prepend_bos is None:
+        known = {data["prepend_bos"] for data in metadata if data.get("prepend_bos") is not None}
+        if len(known) > 1:
+            raise ValueError(
+                "some of the SAEs were trained with BOS and some without: evaluate them one after "
+                "the other, or pass prepend_bos"
+            )
+        which = replace(which, prepend_bos=known.pop() if known else True)
+    if "context_size" not in given:
+        sizes = [data["context_size"] for data in metadata if data.get("context_size")]
+        if isinstance(dataset, Tensor):
+            sizes = [dataset.shape[-1]]
+        which = replace(which, context_size=min([which.context_size, *sizes]))
+    return which
+
+
+def _identity(model: Any, configs: Mapping[str, Mapping[str, Any]]) -> str:
+    """What the settings remember of the language model."""
+    if model is None:
+        wanted = shared_model({name: config["metadata"] for name, config in configs.items()})
+        return " ".join(str(value) for value in wanted.values() if value)
+    if isinstance(model, str | Path):
+        return str(model)
+    name = getattr(getattr(model, "cfg", None), "model_name", None)
+    return f"{type(model).__name__} {name or ''}".strip()
+
+
+def _has_changed(source: SAESource, done: Mapping[str, FinishedSAE]) -> bool:
+    return done[source.name].fingerprint != source.fingerprint()
+
+
+# --- the language model ---
+
+
+def _loaded(
+    model: Any,
+    missing: Iterable[SAESource],
+    configs: Mapping[str, Mapping[str, Any]],
+    how: Evaluation,
+    which: Protocol,
+) -> Any:
+    if model is None or isinstance(model, str | Path):
+        device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        metadata = {s.name: configs[s.name]["metadata"] for s in missing}
+        if model is not None:  # it stands in for the one that metadata may not name
+            metadata = {name: {"model_name": str(model), **d} for name, d in metadata.items()}
+        hooks = {
+            name
+            for data in metadata.values()
+            for suffix in ("", "_out")
+            if (name := data.get(f"hf_hook_name{suffix}") or data.get(f"hook_name{suffix}"))
+        }
+        model = load_language_model(model, shared_model(metadata), sorted(hooks), device)
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and which.context_size > longest:
+        raise ValueError(
+            f"context_size is {which.context_size}, but the model takes {longest} tokens at most"
+        )
+    return model
+
+
+def _fitting(
+    sources: Iterable[SAESource],
+    configs: Mapping[str, Mapping[str, Any]],
+    model: Any,
+    refused: dict[str, str],
+) -> list[SAESource]:
+    """The SAEs whose hooks exist and are as wide as they need; the others are refused."""
+    fitting: list[SAESource] = []
+    for source in sources:
+        config = configs[source.name]
+        metadata = config["metadata"]
+        try:
+            for suffix, width in (("", config["d_in"]), ("_out", config.get("d_out"))):
+                hook = hook_in(model, metadata, suffix)
+                if hook is not None and width is not None:
+                    head = metadata.get(f"hook_head_index{suffix}")
+                    check_hook(model, hook, width, head)
+            fitting.append(source)
+        except ValueError as error:
+            refused[source.name] = str(error)
+    return fitting
+
+
+class _Activations:
+    """The activations of all hooks at the tokens that are evaluated, from one pass.
+
+    They stay in the model's dtype, in memory or, where they exceed the budget, in a temporary
+    file that vanishes with the process.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sample: TokenSample,
+        sources: Iterable[SAESource],
+        configs: Mapping[str, Mapping[str, Any]],
+        how: Evaluation,
+        folder: ResultsFolder | None,
+    ):
+        self._hooks = {
+            s.name: [hook_in(model, configs[s.name]["metadata"], suffix) for suffix in ("", "_out")]
+            for s in sources
+        }
+        self._acts: dict[str, Tensor] = {}
+        names = sorted({hook for pair in self._hooks.values() for hook in pair if hook})
+        if not names:
+            return
+        layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
+        stop = None if None in layers else max(layer for layer in layers if layer is not None)
+        device = next(model.parameters()).device
+        n_tokens, start = sample.n_tokens, 0
+        bar = tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not how.progress)
+        for tokens, keep in zip(
+            sample.tokens.split(how.batch_size_prompts),
+            sample.keep.split(how.batch_size_prompts),
+            strict=True,
+        ):
+            with torch.no_grad():
+                _, cache = model.run_with_cache(
+                    tokens.to(device), names_filter=names, stop_at_layer=stop, prepend_bos=False
+                )
+            if not self._acts:
+                shapes = {name: (n_tokens, *cache[name].shape[2:]) for name in names}
+                dtypes = {name: cache[name].dtype for name in names}
+                scratch = None if folder is None else folder.folder
+                self._acts = _room_for(shapes, dtypes, how.memory_budget, scratch)
+            count = int(keep.sum())
+            for name in names:
+                self._acts[name][start : start + count] = cache[name][keep.to(device)].cpu()
+            start += count
+            bar.update(count)
+        bar.close()
+
+    def chunks(
+        self, name: str, metadata: Mapping[str, Any], size: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Input and, for transcoders, output activations of one SAE, some tokens at a time."""
+        read, write = self._hooks[name]
+        assert read is not None
+        head, head_out = metadata.get("hook_head_index"), metadata.get("hook_head_index_out")
+        for start in range(0, len(self._acts[read]), size):
+            stop = start + size
+            x = self._acts[read][start:stop]
+            x_out = None if write is None else self._acts[write][start:stop]
+            yield (
+                x if head is None else x[:, head],
+                x_out if x_out is None or head_out is None else x_out[:, head_out],
+            )
+
+
+def _room_for(
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, torch.dtype],
+    budget: int,
+    scratch: Path | None,
+) -> dict[str, Tensor]:
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    if total <= budget:
+        return {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
+    try:
+        with tempfile.TemporaryFile(dir=scratch) as file:
+            # now, while a full disk is an error and not yet a crash
+            os.posix_fallocate(file.fileno(), 0, total)
+            raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(total,)))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the activations need {total / 2**30:.1f} GiB on disk in "
+            f"{str(scratch or tempfile.gettempdir())!r} ({error.strerror}): evaluate fewer tokens, "
+            "or raise memory_budget to keep them in memory",
+        ) from error
+    parts = raw.split(list(sizes.values()))
+    return {
+        name: part.view(dtypes[name]).view(shapes[name])
+        for name, part in zip(shapes, parts, strict=True)
+    }
+
+
+# --- one SAE ---
+
+
+def _evaluate(
+    source: SAESource,
+    activations: _Activations,
+    sample: TokenSample,
+    model: Any,
+    which: Protocol,
+    how: Evaluation,
+    say: Callable[[str], None],
+) -> FinishedSAE:
+    sae = source.load(str(how.device or next(model.parameters()).device), how.dtype)
+    cfg, metadata = sae.cfg, sae.cfg.metadata.to_dict()
+    hooks = " to ".join(filter(None, (metadata["hook_name"], metadata.get("hook_name_out"))))
+    say(
+        f"{source.name}: {cfg.architecture()}, {cfg.d_sae:,} features of width {cfg.d_in:,}, "
+        f"{hooks}, normalize_activations {cfg.normalize_activations}, {cfg.dtype}"
+    )
+    reason = why_not(cfg.architecture(), cfg.normalize_activations, True)
+    if reason is not None:
+        raise ValueError(reason)
+    reader = AFAReader(sae)
+    size = min(_MOST_AT_ONCE, max(1, how.memory_budget // (_MATRICES * 4 * cfg.d_sae)))
+    columns = TokenColumns()
+    bar = tqdm(
+        total=sample.n_tokens, desc=source.name, unit="tok", leave=False, disable=not how.progress
+    )
+    for x, x_out in activations.chunks(source.name, metadata, size):
+        if bar.n == 0:
+            reader.check_decoder(x[:8])
+        columns.add(reader(x, x_out))
+        bar.update(len(x))
+    bar.close()
+    table = columns.frame()
+    finite = is_finite(table)
+    if not finite.any():
+        raise ValueError(
+            "none of its tokens has finite norms: its weights or inputs are not finite"
+        )
+    table = pd.concat([_places(sample), table], axis=1).loc[finite]
+    table.insert(0, "sae", source.name)
+    summary: dict[str, Any] = {
+        "architecture": cfg.architecture(),
+        "d_in": cfg.d_in,
+        "d_sae": cfg.d_sae,
+        "hook_name": metadata["hook_name"],
+        "hook_name_out": metadata.get("hook_name_out"),
+        "normalize_activations": cfg.normalize_activations,
+        "dtype": cfg.dtype,
+        "tokens": int(finite.sum()),
+        "nonfinite_tokens": int((~finite).sum()),
+        "special_tokens": sample.n_special,
+        "catalogue_l0": source.catalogue_l0,
+        "dead_features": int((~reader.fired).sum()),
+        **summarize(table),
+    }
+    l0 = summary["l0_mean"]
+    if source.catalogue_l0 and not 0.5 < l0 / source.catalogue_l0 < 2:
+        say(
+            f"{source.name}: L0 is {l0:.1f}, but the catalogue says {source.catalogue_l0:g}: is "
+            "this the model, and are these the tokens, that the SAE was made for?"
+        )
+    if how.coherence:
+        summary.update(dictionary_coherence(sae.W_dec)._asdict())
+    if how.core:
+        summary.update(_core_metrics(sae, model, sample, which, how))
+    return FinishedSAE(source.name, source.fingerprint(), summary, table)
+
+
+def _core_metrics(
+    sae: SAE[Any], model: Any, sample: TokenSample, which: Protocol, how: Evaluation
+) -> dict[str, float]:
+    """SAELens's own metrics on the first of the same sequences, as ``core_...``."""
+    metadata = sae.cfg.metadata
+    if metadata.hook_name_out is not None or hook_in(model, metadata.to_dict()) != (
+        metadata.hook_name
+    ):
+        return {}  # SAELens's run_evals knows neither transcoders nor hooks of other names
+    prompts = min(how.batch_size_prompts, len(sample.tokens))
+    wanted = math.ceil(how.core_tokens / (prompts * which.context_size))
+    batches = max(1, min(wanted, len(sample.tokens) // prompts))
+    store = ActivationsStore.from_config_multi_hook(
+        model=model,
+        dataset=Dataset.from_dict({"tokens": sample.tokens.tolist()}).to_iterable_dataset(),
+        hook_names=[str(metadata.hook_name)],
+        hook_d_ins={str(metadata.hook_name): sae.cfg.d_in},
+        context_size=which.context_size,
+        store_batch_size_prompts=prompts,
+        device=next(model.parameters()).device,
+    )
+    groups, _ = run_evals(
+        sae=sae,
+        activation_store=store,
+        model=model,
+        activation_scaler=ActivationScaler(),
+        eval_config=replace(
+            _CORE_CONFIG,
+            n_eval_reconstruction_batches=batches,
+            n_eval_sparsity_variance_batches=batches,
+        ),
+        exclude_special_tokens=which.exclude_special_tokens,
+    )
+    groups.pop("token_stats")
+    return {f"core_{name}": value for group in groups.values() for name, value in group.items()}
+
+
+# --- tables ---
+
+
+def _places(sample: TokenSample) -> pd.DataFrame:
+    """Where the evaluated tokens stand: one row each."""
+    sequence, position = sample.keep.nonzero(as_tuple=True)
+    return pd.DataFrame(
+        {
+            "sequence": sequence.int().numpy(),
+            "position": position.int().numpy(),
+            "token_id": sample.tokens[sample.keep].int().numpy(),
+        }
+    )
+
+
+def _sequences_table(sample: TokenSample, model: Any) -> pd.DataFrame:
+    n, size = sample.tokens.shape
+    ids = sample.tokens.flatten().int().numpy()
+    unique, where = np.unique(ids, return_inverse=True)
+    tokenizer = getattr(model, "tokenizer", None)
+    texts = [f"<{i}>" if tokenizer is None else tokenizer.decode([int(i)]) for i in unique]
+    return pd.DataFrame(
+        {
+            "sequence": np.repeat(np.arange(n, dtype=np.int32), size),
+            "position": np.tile(np.arange(size, dtype=np.int32), n),
+            "token_id": ids,
+            "token": np.array(texts, dtype=object)[where],
+        }
+    )
+
+
+def _assemble(
+    finished: Sequence[FinishedSAE],
+    sequences: pd.DataFrame,
+    settings: dict[str, Any],
+    refused: dict[str, str],
+) -> AFAResults:
+    tokens = pd.concat([one.tokens for one in finished], ignore_index=True)
+    tokens["sae"] = tokens["sae"].astype("category")
+    return AFAResults(
+        summary=pd.DataFrame.from_dict({one.name: one.summary for one in finished}, orient="index"),
+        tokens=tokens,
+        sequences=sequences,
+        metadata={
+            "settings": settings,
+            "versions": {
+                "python": platform.python_version(),
+                **{
+                    p: version(p)
+                    for p in ("sae-afa-plugin", "sae-lens", "transformer-lens", "torch")
+                },
+            },
+            "refused": refused,
+            "fingerprints": {one.name: one.fingerprint for one in finished},
+        },
+    )

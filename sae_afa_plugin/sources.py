@@ -1,0 +1,225 @@
+"""Where SAEs come from: SAELens's catalogue, the hub, a folder, or an object in memory.
+
+A source knows the config of its SAE before any weights are loaded, so that everything that
+cannot work is said before hours are spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from sae_lens import SAE
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.loading.pretrained_sae_loaders import (
+    get_sae_lens_config_from_disk,
+    handle_config_defaulting,
+    load_sae_config_from_huggingface,
+)
+from sae_lens.loading.pretrained_saes_directory import (
+    get_norm_scaling_factor,
+    get_pretrained_saes_directory,
+)
+from safetensors import SafetensorError
+from typing_extensions import override
+
+_SHOWN_IDS = 8
+_IN_FOLDER = f"/{SAE_CFG_FILENAME}"
+
+
+class SAESource(ABC):
+    """One SAE that is to be evaluated.
+
+    Args:
+        name: Unique among the SAEs of one evaluation.
+
+    Attributes:
+        catalogue_l0: What SAELens's catalogue says of L0, or None.
+    """
+
+    catalogue_l0: float | None = None
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The SAE's config in SAELens's current format, with ``metadata``."""
+
+    @abstractmethod
+    def load(self, device: str, dtype: str) -> SAE[Any]:
+        """The SAE itself."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes when the SAE does."""
+
+    def normalization_after_loading(self) -> str:
+        """What ``normalize_activations`` will be once a known scaling has been folded."""
+        return self.config()["normalize_activations"]
+
+
+class _FromHub(SAESource):
+    def __init__(self, release: str, sae_id: str):
+        super().__init__(sae_id)
+        self.release, self.sae_id = release, sae_id
+        lookup = get_pretrained_saes_directory().get(release)
+        if lookup is not None:
+            self.catalogue_l0 = lookup.expected_l0.get(sae_id) or None  # 0.0 stands for unknown
+
+    @override
+    def config(self) -> dict[str, Any]:
+        try:
+            return load_sae_config_from_huggingface(self.release, self.sae_id)
+        except (OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"the config of {self.sae_id!r} in {self.release!r} cannot be loaded "
+                f"({type(error).__name__}: {error})"
+            ) from error
+
+    @override
+    def normalization_after_loading(self) -> str:
+        if get_norm_scaling_factor(self.release, self.sae_id) is not None:
+            return "none"
+        return super().normalization_after_loading()
+
+    @override
+    def load(self, device: str, dtype: str) -> SAE[Any]:
+        return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
+
+    @override
+    def fingerprint(self) -> str:
+        return f"{self.release}/{self.sae_id}"
+
+
+class _FromFolder(SAESource):
+    def __init__(self, name: str, folder: Path):
+        super().__init__(name)
+        self.folder = folder
+        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            if not (folder / file).is_file():
+                raise ValueError(f"the folder {str(folder)!r} holds no SAE: it has no {file}")
+
+    @override
+    def config(self) -> dict[str, Any]:
+        return handle_config_defaulting(get_sae_lens_config_from_disk(self.folder))
+
+    @override
+    def load(self, device: str, dtype: str) -> SAE[Any]:
+        try:
+            return SAE.load_from_disk(self.folder, device=device, dtype=dtype)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights in {str(self.folder)!r} cannot be read ({error}): the file is "
+                "damaged or incomplete"
+            ) from error
+
+    @override
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            with (self.folder / file).open("rb") as content:
+                while block := content.read(1 << 20):
+                    digest.update(block)
+        return digest.hexdigest()
+
+
+class _InMemory(SAESource):
+    def __init__(self, name: str, sae: SAE[Any]):
+        super().__init__(name)
+        self.sae = sae
+
+    @override
+    def config(self) -> dict[str, Any]:
+        return self.sae.cfg.to_dict()
+
+    @override
+    def load(self, device: str, dtype: str) -> SAE[Any]:
+        return self.sae  # as it is: it belongs to the caller
+
+    @override
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(repr(sorted(self.sae.cfg.to_dict())).encode())
+        for name, tensor in sorted(self.sae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def sources_of(saes: Mapping[str, SAE[Any] | Path | str | tuple[str, str]]) -> list[SAESource]:
+    """Sources from objects, folders and pairs of release and id, by name.
+
+    Args:
+        saes: By name: an SAE, the folder of a saved one, or ``(release, sae_id)``.
+
+    Raises:
+        ValueError: If a folder holds no SAE, or a release or id is not known.
+    """
+    found: list[SAESource] = []
+    for name, sae in saes.items():
+        if isinstance(sae, SAE):
+            found.append(_InMemory(name, sae))
+        elif isinstance(sae, tuple):
+            (source,) = sources_of_release(sae[0], [sae[1]])
+            source.name = name
+            found.append(source)
+        else:
+            found.append(_FromFolder(name, Path(sae)))
+    return found
+
+
+def sources_of_release(release: str, patterns: Sequence[str] | None = None) -> list[SAESource]:
+    """The SAEs of a release in SAELens's catalogue, or of a repository on the hub.
+
+    Args:
+        release: Name of the release, or ``user/repository``.
+        patterns: Ids, or patterns like ``blocks.*.hook_resid_pre``. None: all of them.
+
+    Raises:
+        ValueError: If there is no such release, or a pattern fits no id.
+    """
+    ids = _ids_of(release)
+    chosen: dict[str, None] = {}  # a set that keeps the order
+    for pattern in patterns or ["*"]:
+        matching = [sae_id for sae_id in ids if fnmatchcase(sae_id, pattern)]
+        if not matching:
+            near = get_close_matches(pattern, ids, n=3) or ids[:_SHOWN_IDS]
+            more = f" and {len(ids) - len(near)} more" if len(ids) > len(near) else ""
+            raise ValueError(
+                f"release {release!r} has no SAE {pattern!r}: there is "
+                f"{', '.join(map(repr, near))}{more}"
+            )
+        chosen.update(dict.fromkeys(matching))
+    return [_FromHub(release, sae_id) for sae_id in chosen]
+
+
+def _ids_of(release: str) -> list[str]:
+    catalogue = get_pretrained_saes_directory()
+    if release in catalogue:
+        return list(catalogue[release].saes_map)
+    if "/" not in release:
+        near = get_close_matches(release, list(catalogue), n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see its table"
+        raise ValueError(f"SAELens's catalogue has no release {release!r}: {hint}")
+    try:
+        files = HfApi().list_repo_files(release)
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"{release!r} is neither a release of SAELens's catalogue nor a repository that the "
+            f"hub shows ({type(error).__name__})"
+        ) from error
+    # SAELens needs a folder: one that lies at the top of a repository has no id
+    ids = [file[: -len(_IN_FOLDER)] for file in files if file.endswith(_IN_FOLDER)]
+    if not ids:
+        raise ValueError(
+            f"the repository {release!r} holds no SAE: no file is called FOLDER/{SAE_CFG_FILENAME}"
+        )
+    return ids
