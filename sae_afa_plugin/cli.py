@@ -5,20 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
-from itertools import chain
 from pathlib import Path
 
 import wandb.errors
 from rich.console import Console
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from safetensors import SafetensorError
-from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 from sae_afa_plugin import __version__
 from sae_afa_plugin.comparison import score_table
 from sae_afa_plugin.demo.model import embedded_model_facts
 from sae_afa_plugin.demo.run import DEMOS, run_demo
+from sae_afa_plugin.evaluation import evaluate_sources
+from sae_afa_plugin.models import check_model_name
+from sae_afa_plugin.results import RESULTS_FILENAME, results_table
+from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
+from sae_afa_plugin.tokens import PROTOCOLS
 from sae_afa_plugin.training import LOG_FILENAME, LoggedTrainingRunner
 
 _LONGEST_MESSAGE = 600  # characters; some libraries list every name they know
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the trained SAEs, the training log and scores.json (default: %(default)s)",
     )
 
+    _add_evaluate(commands)
     commands.add_parser(
         "train",
         add_help=False,
@@ -72,6 +75,155 @@ def _parser() -> argparse.ArgumentParser:
         "see: sae-afa train --architecture topafa --help",
     )
     return parser
+
+
+def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="say of any SAEs whether their features are over- or under-activated",
+        description="The AFA metric of SAEs on one pass of their language model: on a nearly "
+        "orthogonal dictionary the norm of the features ||f|| is about the norm of the input "
+        "||z||. Prints a table and leaves summary.csv, results.json and tokens.parquet in the "
+        "output folder. Interrupted and started again with the same settings, it goes on with "
+        "the SAEs that are missing.",
+        epilog="examples:\n"
+        "  sae-afa evaluate gpt2-small-res-jb --protocol paper\n"
+        "  sae-afa evaluate gemma-scope-2b-pt-res --sae-id '*width_16k/average_l0_7?' --tokens 20000\n"
+        "  sae-afa evaluate --path output/demo/topafa --path output/demo/topk --dataset embedded\n"
+        "\nexit status: 0 all SAEs evaluated, 1 some could not be, 2 none (a mistake in the "
+        "arguments, say), 130 interrupted",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument(
+        "release", nargs="?", help="a release of SAELens's catalogue, or user/repository on the hub"
+    )
+    evaluate.add_argument(
+        "--sae-id",
+        action="append",
+        metavar="GLOB",
+        help="only the SAEs of the release whose id is this or fits this pattern (repeatable)",
+    )
+    evaluate.add_argument(
+        "--path",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FOLDER",
+        help="an SAE that SAELens has saved (repeatable)",
+    )
+    evaluate.add_argument(
+        "--model",
+        help="name or local folder of the language model (default: the one that the SAEs name)",
+    )
+    evaluate.add_argument(
+        "--dataset",
+        help="dataset on the hub (streamed), local folder or file (.txt, .jsonl, .csv, .parquet) "
+        "with text or tokens, or 'embedded' for the documentation of Python "
+        "(default: Skylion007/openwebtext; NeelNanda/pile-10k for the paper's protocol)",
+    )
+    evaluate.add_argument("--dataset-config", help="configuration of the dataset on the hub")
+    evaluate.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
+    evaluate.add_argument(
+        "--protocol",
+        choices=sorted(PROTOCOLS),
+        default="default",
+        help="'default': every token of sequences cut from the text; 'paper': the last token of "
+        "1000 documents of 128 tokens with BOS",
+    )
+    evaluate.add_argument(
+        "--tokens",
+        type=int,
+        help=f"tokens to evaluate, special ones not counted (default: "
+        f"{PROTOCOLS['default'].n_tokens:,}; {PROTOCOLS['paper'].n_tokens:,} for the paper's "
+        "protocol)",
+    )
+    evaluate.add_argument(
+        "--context-size",
+        type=int,
+        help="tokens in one sequence (default: 128, less if an SAE was trained with less)",
+    )
+    evaluate.add_argument(
+        "--seed", type=int, help="for the order of documents in the paper's protocol (42)"
+    )
+    evaluate.add_argument(
+        "--keep-special-tokens",
+        action="store_true",
+        help="evaluate BOS, EOS and the like as well; their norms are up to 100 times as large",
+    )
+    evaluate.add_argument(
+        "--core",
+        action="store_true",
+        help="add SAELens's own metrics: CE and KL recovered, explained variance, L0",
+    )
+    evaluate.add_argument("--device", help="default: a GPU if there is one")
+    evaluate.add_argument(
+        "--memory",
+        type=float,
+        default=1.0,
+        metavar="GIB",
+        help="for activations, and again for features; beyond it a temporary file is used "
+        "(%(default)s)",
+    )
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        default=Path("output/evaluation"),
+        help="folder for the results (default: %(default)s)",
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    sources: list[SAESource] = []
+    if args.release is not None:
+        sources += sources_of_release(args.release, args.sae_id)
+    elif args.sae_id:
+        raise ValueError("--sae-id chooses from a release: name the release first")
+    sources += sources_of(_by_shortest_names(args.path))
+    if not sources:
+        raise ValueError("name a release, or a folder with --path")
+    chosen = {
+        "n_tokens": args.tokens,
+        "context_size": args.context_size,
+        "seed": args.seed,
+        "exclude_special_tokens": False if args.keep_special_tokens else None,
+    }
+    results = evaluate_sources(
+        sources,
+        args.model,
+        args.dataset,
+        protocol=args.protocol,
+        dataset_config=args.dataset_config,
+        split=args.split,
+        out=args.out,
+        core=args.core,
+        device=args.device,
+        memory_budget=int(args.memory * 2**30),
+        **{name: value for name, value in chosen.items() if value is not None},
+    )
+    settings = results.metadata["settings"]
+    console = Console()
+    console.print()
+    console.print(
+        results_table(
+            results,
+            f"{settings['dataset']}, {results.summary['tokens'].max():,} tokens, "
+            f"protocol {args.protocol} (medians over tokens; L0 and shares are means)",
+        )
+    )
+    for name, reason in results.metadata["refused"].items():
+        console.print(f"{name} was not evaluated: {reason}")
+    console.print(f"Results: {args.out / RESULTS_FILENAME}")
+    return 1 if results.metadata["refused"] else 0
+
+
+def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
+    """Folders by their last part, or by the whole path where that is not enough."""
+    last = [folder.resolve().name for folder in folders]
+    return {
+        name if last.count(name) == 1 else str(folder): folder
+        for name, folder in zip(last, folders, strict=True)
+    }
 
 
 def _demo(model: str, out: Path) -> None:
@@ -100,13 +252,8 @@ def _train(arguments: Sequence[str]) -> None:
     cfg = _parse_cfg_args(arguments)
     if cfg.output_path == "None":  # SAELens's parser keeps the word
         cfg.output_path = None
-    known = [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
-    if cfg.model_class_name == "HookedTransformer" and cfg.model_name.lower() not in (
-        name.lower() for name in known
-    ):
-        near = get_close_matches(cfg.model_name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see its model table"
-        raise ValueError(f"TransformerLens has no model {cfg.model_name!r}: {hint}")
+    if cfg.model_class_name == "HookedTransformer":
+        check_model_name(cfg.model_name)
     try:
         runner = LoggedTrainingRunner(cfg)
         runner.run()
@@ -133,8 +280,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "demo":
             _demo(args.model, args.out)
+        elif args.command == "evaluate":
+            return _evaluate(args)
         else:
             _train(rest)
+    except KeyboardInterrupt:
+        print(f"\nsae-afa {args.command}: interrupted", file=sys.stderr)  # noqa: T201
+        if args.command == "evaluate":
+            print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
+        return 130
     except _USERS_MISTAKES as error:
         message = " ".join(str(error).split())
         if len(message) > _LONGEST_MESSAGE:

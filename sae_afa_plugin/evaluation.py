@@ -8,33 +8,28 @@ of a stated budget: the activations (beyond it they lie in a temporary file) and
 
 from __future__ import annotations
 
-import math
-import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset
-from sae_lens import SAE, run_evals
-from sae_lens.evals import EvalConfig
-from sae_lens.training.activation_scaler import ActivationScaler
-from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_afa_plugin.evals import core_metrics
 from sae_afa_plugin.families import AFAReader, why_not
 from sae_afa_plugin.metrics import TokenColumns, dictionary_coherence, is_finite, summarize
 from sae_afa_plugin.models import hook_in, load_language_model, shared_model
+from sae_afa_plugin.recording import RecordedActivations
 from sae_afa_plugin.results import AFAResults, FinishedSAE, ResultsFolder
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tokens import PROTOCOLS, AnyDataset, Protocol, TokenSample, sample_tokens
@@ -44,10 +39,7 @@ _DATASETS = {"default": "Skylion007/openwebtext", "paper": "NeelNanda/pile-10k"}
 # matrices [tokens, d_sae] that live at once: an encoder has up to three, the metric two
 _MATRICES = 5
 _MOST_AT_ONCE = 1024  # tokens; larger chunks are slower on CPUs, they leave the caches
-_CORE_CONFIG = EvalConfig(
-    compute_kl=True, compute_ce_loss=True, compute_variance_metrics=True,
-    compute_sparsity_metrics=True,
-)  # fmt: skip
+_ENDS = ("", "_out")  # of a transcoder; the second is None for the others
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,20 @@ def evaluate_sources(
         if folder is not None:
             folder.keep_sequences(sequences)
         fitting = _fitting(missing, configs, model, refused)
-        activations = _Activations(model, sample, fitting, configs, how, folder)
+        activations = RecordedActivations(
+            model,
+            sample,
+            {
+                hook
+                for source in fitting
+                for suffix in _ENDS
+                if (hook := hook_in(model, configs[source.name]["metadata"], suffix)) is not None
+            },
+            how.batch_size_prompts,
+            how.memory_budget,
+            scratch=None if folder is None else folder.folder,
+            progress=how.progress,
+        )
         for source in tqdm(fitting, desc="SAEs", unit="SAE", disable=not how.progress):
             try:
                 one = _evaluate(source, activations, sample, model, which, how, say)
@@ -361,7 +366,7 @@ def _fitting(
         config = configs[source.name]
         metadata = config["metadata"]
         try:
-            for suffix, width in (("", config["d_in"]), ("_out", config.get("d_out"))):
+            for suffix, width in zip(_ENDS, (config["d_in"], config.get("d_out")), strict=True):
                 hook = hook_in(model, metadata, suffix)
                 if hook is not None and width is not None:
                     head = metadata.get(f"hook_head_index{suffix}")
@@ -372,108 +377,12 @@ def _fitting(
     return fitting
 
 
-class _Activations:
-    """The activations of all hooks at the tokens that are evaluated, from one pass.
-
-    They stay in the model's dtype, in memory or, where they exceed the budget, in a temporary
-    file that vanishes with the process.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        sample: TokenSample,
-        sources: Iterable[SAESource],
-        configs: Mapping[str, Mapping[str, Any]],
-        how: Evaluation,
-        folder: ResultsFolder | None,
-    ):
-        self._hooks = {
-            s.name: [hook_in(model, configs[s.name]["metadata"], suffix) for suffix in ("", "_out")]
-            for s in sources
-        }
-        self._acts: dict[str, Tensor] = {}
-        names = sorted({hook for pair in self._hooks.values() for hook in pair if hook})
-        if not names:
-            return
-        layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
-        stop = None if None in layers else max(layer for layer in layers if layer is not None)
-        device = next(model.parameters()).device
-        n_tokens, start = sample.n_tokens, 0
-        bar = tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not how.progress)
-        for tokens, keep in zip(
-            sample.tokens.split(how.batch_size_prompts),
-            sample.keep.split(how.batch_size_prompts),
-            strict=True,
-        ):
-            with torch.no_grad():
-                _, cache = model.run_with_cache(
-                    tokens.to(device), names_filter=names, stop_at_layer=stop, prepend_bos=False
-                )
-            if not self._acts:
-                shapes = {name: (n_tokens, *cache[name].shape[2:]) for name in names}
-                dtypes = {name: cache[name].dtype for name in names}
-                scratch = None if folder is None else folder.folder
-                self._acts = _room_for(shapes, dtypes, how.memory_budget, scratch)
-            count = int(keep.sum())
-            for name in names:
-                self._acts[name][start : start + count] = cache[name][keep.to(device)].cpu()
-            start += count
-            bar.update(count)
-        bar.close()
-
-    def chunks(
-        self, name: str, metadata: Mapping[str, Any], size: int
-    ) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Input and, for transcoders, output activations of one SAE, some tokens at a time."""
-        read, write = self._hooks[name]
-        assert read is not None
-        head, head_out = metadata.get("hook_head_index"), metadata.get("hook_head_index_out")
-        for start in range(0, len(self._acts[read]), size):
-            stop = start + size
-            x = self._acts[read][start:stop]
-            x_out = None if write is None else self._acts[write][start:stop]
-            yield (
-                x if head is None else x[:, head],
-                x_out if x_out is None or head_out is None else x_out[:, head_out],
-            )
-
-
-def _room_for(
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    budget: int,
-    scratch: Path | None,
-) -> dict[str, Tensor]:
-    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    total = sum(sizes.values())
-    if total <= budget:
-        return {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-    try:
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            # now, while a full disk is an error and not yet a crash
-            os.posix_fallocate(file.fileno(), 0, total)
-            raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(total,)))
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"the activations need {total / 2**30:.1f} GiB on disk in "
-            f"{str(scratch or tempfile.gettempdir())!r} ({error.strerror}): evaluate fewer tokens, "
-            "or raise memory_budget to keep them in memory",
-        ) from error
-    parts = raw.split(list(sizes.values()))
-    return {
-        name: part.view(dtypes[name]).view(shapes[name])
-        for name, part in zip(shapes, parts, strict=True)
-    }
-
-
 # --- one SAE ---
 
 
 def _evaluate(
     source: SAESource,
-    activations: _Activations,
+    activations: RecordedActivations,
     sample: TokenSample,
     model: Any,
     which: Protocol,
@@ -496,7 +405,7 @@ def _evaluate(
     bar = tqdm(
         total=sample.n_tokens, desc=source.name, unit="tok", leave=False, disable=not how.progress
     )
-    for x, x_out in activations.chunks(source.name, metadata, size):
+    for x, x_out in _pairs(activations, model, metadata, size):
         if bar.n == 0:
             reader.check_decoder(x[:8])
         columns.add(reader(x, x_out))
@@ -534,45 +443,31 @@ def _evaluate(
     if how.coherence:
         summary.update(dictionary_coherence(sae.W_dec)._asdict())
     if how.core:
-        summary.update(_core_metrics(sae, model, sample, which, how))
+        summary.update(
+            core_metrics(
+                sae,
+                model,
+                sample,
+                which.exclude_special_tokens,
+                how.core_tokens,
+                how.batch_size_prompts,
+            )
+        )
     return FinishedSAE(source.name, source.fingerprint(), summary, table)
 
 
-def _core_metrics(
-    sae: SAE[Any], model: Any, sample: TokenSample, which: Protocol, how: Evaluation
-) -> dict[str, float]:
-    """SAELens's own metrics on the first of the same sequences, as ``core_...``."""
-    metadata = sae.cfg.metadata
-    if metadata.hook_name_out is not None or hook_in(model, metadata.to_dict()) != (
-        metadata.hook_name
-    ):
-        return {}  # SAELens's run_evals knows neither transcoders nor hooks of other names
-    prompts = min(how.batch_size_prompts, len(sample.tokens))
-    wanted = math.ceil(how.core_tokens / (prompts * which.context_size))
-    batches = max(1, min(wanted, len(sample.tokens) // prompts))
-    store = ActivationsStore.from_config_multi_hook(
-        model=model,
-        dataset=Dataset.from_dict({"tokens": sample.tokens.tolist()}).to_iterable_dataset(),
-        hook_names=[str(metadata.hook_name)],
-        hook_d_ins={str(metadata.hook_name): sae.cfg.d_in},
-        context_size=which.context_size,
-        store_batch_size_prompts=prompts,
-        device=next(model.parameters()).device,
+def _pairs(
+    activations: RecordedActivations, model: Any, metadata: Mapping[str, Any], size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """What an SAE reads and, for transcoders, what it is to give; some tokens at a time."""
+    read, write = (
+        None
+        if (hook := hook_in(model, metadata, suffix)) is None
+        else activations.chunks(hook, metadata.get(f"hook_head_index{suffix}"), size)
+        for suffix in _ENDS
     )
-    groups, _ = run_evals(
-        sae=sae,
-        activation_store=store,
-        model=model,
-        activation_scaler=ActivationScaler(),
-        eval_config=replace(
-            _CORE_CONFIG,
-            n_eval_reconstruction_batches=batches,
-            n_eval_sparsity_variance_batches=batches,
-        ),
-        exclude_special_tokens=which.exclude_special_tokens,
-    )
-    groups.pop("token_stats")
-    return {f"core_{name}": value for group in groups.values() for name, value in group.items()}
+    assert read is not None  # an SAE without a hook has been refused
+    return zip(read, repeat(None) if write is None else write, strict=False)
 
 
 # --- tables ---

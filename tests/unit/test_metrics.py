@@ -202,7 +202,7 @@ def test_low_precision_is_summed_in_float32():
     expected = 64 * x[0, 0].item()
     norm = norm_along_last(x)
     assert norm.dtype == torch.float32
-    assert norm.item() == pytest.approx(expected, rel=1e-6)
+    assert norm.item() == pytest.approx(expected, rel=1e-5)  # a bf16 sum is off by 4e-3
     assert norm_along_last(x.double()).dtype == torch.float64
 
 
