@@ -18,36 +18,34 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import pandas as pd
 import torch
-from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, TrainingSAEConfig
+from sae_lens import TrainingSAEConfig
 
 from sae_afa_plugin import TopAFATrainingSAEConfig
-from sae_afa_plugin.comparison import Score, tokenize, train_and_score
-from sae_afa_plugin.demo.run import DEMOS, trained_like_topafa
+from sae_afa_plugin.comparison import topk_pair, train_and_evaluate
+from sae_afa_plugin.demo.run import DEMOS
 from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.tokens import tokenize
 
 COEFFICIENTS = {"1/32": 1 / 32, "1/128": 1 / 128}
 KS = (32, 64, 128)
 
 
-def topk_pair(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAEConfig]:
-    return {
-        f"topk-{k}": trained_like_topafa(TopKTrainingSAEConfig, d_in, d_sae, k),
-        f"batchtopk-{k}": trained_like_topafa(
-            BatchTopKTrainingSAEConfig, d_in, d_sae, k, topk_threshold_lr=0.05
-        ),
-    }
+def at_k(d_in: int, d_sae: int, k: int) -> dict[str, TrainingSAEConfig]:
+    topk, batchtopk = topk_pair(d_in, d_sae, k)
+    return {f"topk-{k}": topk, f"batchtopk-{k}": batchtopk}
 
 
-def markdown(scores: list[Score]) -> str:
+def markdown(summary: pd.DataFrame) -> str:
     lines = [
         "| SAE | L0 | NMSE | CE recovered | norm ratio | dead | s / step |",
         "|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {s.name} | {s.l0:.1f} | {s.nmse:.4f} | {s.ce_recovered:.4f} | {s.norm_ratio:.3f} "
-        f"| {s.dead_features} | {s.seconds_per_step:.3f} |"
-        for s in sorted(scores, key=lambda s: s.l0)
+        f"| {name} | {s.l0_mean:.1f} | {s.nmse_mean:.4f} | {s.core_ce_loss_score:.4f} "
+        f"| {s.norm_ratio_mean:.3f} | {s.dead_features} | {s.seconds_per_step:.3f} |"
+        for name, s in summary.sort_values("l0_mean").iterrows()
     ]
     return "\n".join(lines)
 
@@ -74,8 +72,8 @@ def main() -> None:
     texts = {split: standard_library_texts(split) for split in ("train", "heldout")}
     tokens = {split: tokenize(model, texts[split], setup.context_size) for split in texts}
 
-    def run(saes: dict[str, TrainingSAEConfig], folder: str) -> list[Score]:
-        return train_and_score(
+    def run(saes: dict[str, TrainingSAEConfig], folder: str) -> pd.DataFrame:
+        return train_and_evaluate(
             model,
             demo.model_name,
             saes,
@@ -83,7 +81,7 @@ def main() -> None:
             tokens["heldout"],
             setup,
             args.out / folder,
-        )
+        ).summary
 
     first: dict[str, TrainingSAEConfig] = {
         f"topafa-{name.replace('/', '-')}": TopAFATrainingSAEConfig(
@@ -92,13 +90,12 @@ def main() -> None:
         for name, coefficient in COEFFICIENTS.items()
     }
     for k in KS:
-        first.update(topk_pair(d_in, d_sae, k))
-    scores = run(first, "first")
+        first.update(at_k(d_in, d_sae, k))
+    summary = run(first, "first")
     second: dict[str, TrainingSAEConfig] = {}
-    for score in scores:
-        if score.architecture == "topafa":
-            second.update(topk_pair(d_in, d_sae, round(score.l0)))
-    scores += run(second, "second")
+    for l0 in summary.loc[summary["architecture"] == "topafa", "l0_mean"]:
+        second.update(at_k(d_in, d_sae, round(l0)))
+    summary = pd.concat([summary, run(second, "second")])
 
     report = (
         f"{demo.model_name}, {setup.hook_name}, d_in {d_in}, d_sae {d_sae}, "
@@ -106,7 +103,7 @@ def main() -> None:
         f"seed {setup.seed}; {setup.heldout_tokens:,} held-out tokens, CE on {setup.ce_tokens:,}\n"
         f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, Python "
         f"{platform.python_version()}, torch {version('torch')}, sae-lens {version('sae-lens')}\n\n"
-        f"{markdown(scores)}\n"
+        f"{markdown(summary)}\n"
     )
     (args.out / "architectures.md").write_text(report, encoding="utf-8")
     print(report)

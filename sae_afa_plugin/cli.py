@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from safetensors import SafetensorError
 
 from sae_afa_plugin import __version__
-from sae_afa_plugin.comparison import score_table
+from sae_afa_plugin.comparison import EVALUATION_FOLDER
 from sae_afa_plugin.demo.model import embedded_model_facts
 from sae_afa_plugin.demo.run import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("output/demo"),
-        help="folder for the trained SAEs, the training log and scores.json (default: %(default)s)",
+        help="folder for the trained SAEs, the training log and the results (default: %(default)s)",
     )
 
     _add_evaluate(commands)
@@ -81,11 +82,14 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     evaluate = commands.add_parser(
         "evaluate",
         help="say of any SAEs whether their features are over- or under-activated",
-        description="The AFA metric of SAEs on one pass of their language model: on a nearly "
-        "orthogonal dictionary the norm of the features ||f|| is about the norm of the input "
-        "||z||. Prints a table and leaves summary.csv, results.json and tokens.parquet in the "
-        "output folder. Interrupted and started again with the same settings, it goes on with "
-        "the SAEs that are missing.",
+        description=textwrap.fill(
+            "The AFA metric of SAEs on one pass of their language model: on a nearly "
+            "orthogonal dictionary the norm of the features ||f|| is about the norm of the input "
+            "||z||. Prints a table and leaves summary.csv, results.json and tokens.parquet in the "
+            "output folder. Interrupted and started again with the same settings, it goes on with "
+            "the SAEs that are missing.",
+            79,
+        ),
         epilog="examples:\n"
         "  sae-afa evaluate gpt2-small-res-jb --protocol paper\n"
         "  sae-afa evaluate gemma-scope-2b-pt-res --sae-id '*width_16k/average_l0_7?' --tokens 20000\n"
@@ -228,12 +232,12 @@ def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
 
 def _demo(model: str, out: Path) -> None:
     console = Console()
-    scores = run_demo(model, out)
+    results = run_demo(model, out)
     setup = DEMOS[model].setup
     console.print()
     console.print(
-        score_table(
-            scores,
+        results_table(
+            results,
             f"{DEMOS[model].model_name}, {setup.hook_name}, "
             f"{setup.training_tokens:,} training tokens, {setup.heldout_tokens:,} held out",
         )
@@ -245,7 +249,7 @@ def _demo(model: str, out: Path) -> None:
             f"{facts['validation_bits_per_token']:.2f} bits per token "
             f"(unigram entropy {facts['unigram_bits_per_token']:.2f})."
         )
-    console.print(f"SAEs, training log and scores: {out}")
+    console.print(f"SAEs and training log: {out}\nResults: {out / EVALUATION_FOLDER}")
 
 
 def _train(arguments: Sequence[str]) -> None:

@@ -143,6 +143,7 @@ _SHOWN = _Columns(
     max_abs_cos="coherence",
     dead_features="dead",
     core_ce_loss_score="CE recovered",
+    training_seconds="training s",
 )
 
 
@@ -172,7 +173,7 @@ def _shown(column: str, value: Any) -> str:
         return f"{value:.1%}"
     if column == "epsilon_lbo_median":
         return f"{value:.2e}"
-    if column in ("l0_mean", "catalogue_l0"):
+    if column in ("l0_mean", "catalogue_l0", "training_seconds"):
         return f"{value:.1f}"
     return f"{value:.4g}"
 

@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from sae_afa_plugin.activation import top_afa
 from sae_afa_plugin.dead_features import dead_reconstruction
-from sae_afa_plugin.metrics import norm_along_last
+from sae_afa_plugin.metrics import AFATokenMetrics, norm_along_last, token_metrics
 
 ARCHITECTURE = "topafa"
 
@@ -349,7 +349,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
                 z_recons=z_recons.detach(),
                 feature_acts=feature_acts.detach(),
                 decoder_norm=decoder_norm,
-                bias_norm=norm_along_last(self.b_dec.detach()),
+                b_dec=self.b_dec.detach().clone(),
                 dead_neuron_mask=step_input.dead_neuron_mask,
             ),
         )
@@ -410,7 +410,7 @@ def _metrics(
     z_recons: Tensor,
     feature_acts: Tensor,
     decoder_norm: Tensor,
-    bias_norm: Tensor,
+    b_dec: Tensor,
     dead_neuron_mask: Tensor | None,
 ) -> dict[str, Tensor | float | int | Callable[[], Tensor | float | int]]:
     """What a training step can tell, as callables: only logging steps pay for them.
@@ -418,22 +418,21 @@ def _metrics(
     They are called when the weights have moved on, so nothing here may share their storage.
     """
 
-    def l0() -> Tensor:
-        return feature_acts.count_nonzero(dim=-1).float()
+    computed: list[AFATokenMetrics] = []  # once for all of them; functools.cache does not compile
 
-    def norm_f() -> Tensor:
-        return norm_along_last(feature_acts * decoder_norm)
+    def tokens() -> AFATokenMetrics:
+        if not computed:
+            f_unit, l0 = feature_acts * decoder_norm, feature_acts.count_nonzero(-1)
+            computed.append(token_metrics(z, z_recons - b_dec, f_unit, b_dec, l0))
+        return computed[0]
 
     metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]] = {
-        "mean_l0": lambda: l0().mean(),
-        "min_l0": lambda: l0().min(),
-        "max_l0": lambda: l0().max(),
-        "norm_ratio": lambda: (norm_f() / norm_along_last(z)).mean(),
-        # the paper counts the bias as one feature that is always on
-        "over_activated": lambda: (
-            (norm_f().square() + bias_norm.square() > norm_along_last(z).square()).float().mean()
-        ),
-        "nmse": lambda: ((z - z_recons).square().sum(-1) / z.square().sum(-1)).mean(),
+        "mean_l0": lambda: tokens().l0.float().mean(),
+        "min_l0": lambda: tokens().l0.min().float(),
+        "max_l0": lambda: tokens().l0.max().float(),
+        "norm_ratio": lambda: (tokens().norm_f / tokens().norm_z).mean(),
+        "over_activated": lambda: tokens().over_activated.float().mean(),
+        "nmse": lambda: tokens().nmse.mean(),
     }
     if dead_neuron_mask is not None:
         metrics["dead_features"] = lambda: dead_neuron_mask.sum()

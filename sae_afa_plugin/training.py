@@ -52,7 +52,7 @@ class TrainingLog:
             kept = [
                 line
                 for line in path.read_text(encoding="utf-8").splitlines()
-                if json.loads(line)["step"] <= first_step
+                if (step := _step_of(line)) is not None and step <= first_step
             ]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         self.seconds: dict[str, float] = {}
@@ -86,6 +86,14 @@ class TrainingLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of the log; None for one that was cut off when its run was killed."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return None
 
 
 def _finite(value: Any) -> Any:
@@ -200,9 +208,12 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
     def run(self) -> Any:
         """Train; raises ValueError first if a hook and its SAE do not fit together."""
         check_batches(self.model, self.cfg)
-        for name, hook_name in self.cfg.hook_names_per_sae.items():
-            head_index = self.cfg.hook_head_indices_per_sae[name]
-            check_hook(self.model, hook_name, self.cfg.saes[name].d_in, head_index)
+        heads = self.cfg.hook_head_indices_per_sae
+        for hook_name, d_in, head_index in dict.fromkeys(  # each costs a pass of the model
+            (hook_name, self.cfg.saes[name].d_in, heads[name])
+            for name, hook_name in self.cfg.hook_names_per_sae.items()
+        ):
+            check_hook(self.model, hook_name, d_in, head_index)
         return super().run()
 
     @override

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    TopKTrainingSAEConfig,
-    TrainingSAEConfig,
-)
+from sae_lens import TrainingSAEConfig
 
-from sae_afa_plugin.comparison import Comparison, Score, tokenize, train_and_score
+from sae_afa_plugin.comparison import Comparison, topk_pair, train_and_evaluate
 from sae_afa_plugin.demo.model import EMBEDDED_NAME, load_embedded_model, load_smollm2
 from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sae import TopAFATrainingSAEConfig
+from sae_afa_plugin.tokens import tokenize
 
 
 def smollm2_folder() -> Path:
@@ -73,26 +71,8 @@ DEMOS = {
 }
 
 
-def trained_like_topafa(
-    cls: type[TopKTrainingSAEConfig], d_in: int, d_sae: int, k: int, **fields: Any
-) -> TrainingSAEConfig:
-    """A TopK or BatchTopK config on the same inputs and initial decoder norm as top-AFA's.
-
-    The loss remains SAELens's: for them it is the error in the space of x, not of z, so tokens
-    with a large variance count more than in the NMSE that is reported.
-    """
-    return cls(
-        d_in=d_in,
-        d_sae=d_sae,
-        k=k,
-        normalize_activations="layer_norm",
-        decoder_init_norm=1.0,
-        **fields,
-    )
-
-
-def run_demo(name: str, out: Path) -> list[Score]:
-    """Train and score the three architectures; the SAEs and a log are left in ``out``.
+def run_demo(name: str, out: Path) -> AFAResults:
+    """Train and evaluate the three architectures; SAEs, log and results are left in ``out``.
 
     Args:
         name: A key of ``DEMOS``.
@@ -103,21 +83,15 @@ def run_demo(name: str, out: Path) -> list[Score]:
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     model = demo.load()
     context = demo.setup.context_size
+    topk, batchtopk = topk_pair(demo.d_in, demo.d_sae, demo.k)
     saes: dict[str, TrainingSAEConfig] = {
         "topafa": TopAFATrainingSAEConfig(
             d_in=demo.d_in, d_sae=demo.d_sae, afa_coefficient=demo.afa_coefficient
         ),
-        "topk": trained_like_topafa(TopKTrainingSAEConfig, demo.d_in, demo.d_sae, demo.k),
-        "batchtopk": trained_like_topafa(
-            BatchTopKTrainingSAEConfig,
-            demo.d_in,
-            demo.d_sae,
-            demo.k,
-            # the threshold starts at 0, and the default rate would not forget that in a short run
-            topk_threshold_lr=0.05,
-        ),
+        "topk": topk,
+        "batchtopk": batchtopk,
     }
-    return train_and_score(
+    return train_and_evaluate(
         model,
         demo.model_name,
         saes,

@@ -11,7 +11,7 @@ from sae_lens import SAETransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_afa_plugin import TopAFASAE, TopAFASAEConfig
-from sae_afa_plugin.comparison import tokenize
+from sae_afa_plugin.tokens import tokenize
 from sae_afa_plugin.demo import text
 from sae_afa_plugin.demo.model import (
     ASSETS,

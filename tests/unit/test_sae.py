@@ -424,18 +424,23 @@ def test_hooks_see_the_reconstruction_of_z():
 
 def test_metrics_do_not_move_with_the_weights():
     sae = training_sae()
-    out = sae.training_forward_pass(step_input(torch.randn(40, 16)))
-    before = {name: float(metric()) for name, metric in out.metrics.items()}
+    with torch.no_grad():
+        sae.b_dec += 0.5
+    step = step_input(torch.randn(40, 16))
+    asked_at_once = sae.training_forward_pass(step).metrics
+    expected = {name: float(metric()) for name, metric in asked_at_once.items()}
+    asked_later = sae.training_forward_pass(step).metrics
     with torch.no_grad():  # as an optimizer does before the metrics are asked for
         for parameter in sae.parameters():
             parameter.mul_(3)
-    assert {name: float(metric()) for name, metric in out.metrics.items()} == before
+    assert {name: float(metric()) for name, metric in asked_later.items()} == expected
 
 
 def test_metrics_on_uneven_tokens():
     sae = training_sae(normalize_activations="none")
     with torch.no_grad():
         sae.W_dec *= torch.rand(64, 1) + 0.5
+        sae.b_dec += 0.2
     x = torch.cat([torch.randn(5, 16) * 3, torch.randn(3, 16) * 0.1])
     out = sae.training_forward_pass(step_input(x, torch.arange(64) < 3))
     assert all(callable(metric) for metric in out.metrics.values())
@@ -443,6 +448,7 @@ def test_metrics_on_uneven_tokens():
     f, b = out.feature_acts.detach().double(), sae.b_dec.detach().double()
     l0 = (f != 0).sum(-1).double()
     norm_f = (f * sae.W_dec.detach().double().norm(dim=-1)).norm(dim=-1)
+    norm_f = (norm_f**2 + b.norm() ** 2).sqrt()  # the bias is one more feature
     norm_z = x.double().norm(dim=-1)
     recons = f @ sae.W_dec.detach().double() + b
     expected = {
@@ -451,7 +457,7 @@ def test_metrics_on_uneven_tokens():
         "max_l0": l0.max(),
         "dead_features": 3,
         "norm_ratio": (norm_f / norm_z).mean(),
-        "over_activated": ((norm_f**2 + b.norm() ** 2).sqrt() > norm_z).double().mean(),
+        "over_activated": (norm_f > norm_z).double().mean(),
         "nmse": ((x - recons).norm(dim=-1) ** 2 / norm_z**2).mean(),
     }
     assert values == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
