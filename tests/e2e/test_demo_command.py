@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     """The folder and the printed text of one short demo."""
     out = tmp_path_factory.mktemp("demo") / "out"
     demo = DEMOS["embedded"]
-    short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=1500, ce_tokens=2048)
+    short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=2000, ce_tokens=2048)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DEMOS, "embedded", replace(demo, d_sae=384, k=40, setup=short))
         patch.setenv("COLUMNS", "120")
@@ -53,7 +53,7 @@ def test_the_results_are_what_a_slow_computation_gives(finished):
     tokens = tokenize(model, standard_library_texts("heldout"), 128)[:16]
     hook = DEMOS["embedded"].setup.hook_name
     _, cache = model.run_with_cache(tokens, names_filter=hook)
-    x = cache[hook][tokens != model.tokenizer.bos_token_id][:1500]
+    x = cache[hook][tokens != model.tokenizer.bos_token_id][:2000]
     z = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)).double().numpy()
     for name, found in results.summary.iterrows():
         sae = SAE.load_from_disk(out / name)

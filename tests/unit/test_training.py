@@ -252,6 +252,8 @@ def test_the_log_starts_anew_and_a_resumed_run_continues_it(model, text, tmp_pat
     ]  # fmt: skip
     checkpoint = max((tmp_path / "checkpoints").glob("*/*"), key=lambda p: p.stat().st_mtime)
     assert int(checkpoint.name) == 7 * 256
+    with (tmp_path / "out" / LOG_FILENAME).open("a") as log:
+        log.write('{"step": 4, "secon')  # what a kill leaves
     resumed = run(resume_from_checkpoint=str(checkpoint))
     assert [line["step"] for line in resumed] == [2, 4, 6, 8, 10, 12]
     assert resumed[:3] == lines[:3]
