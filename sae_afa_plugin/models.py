@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.load_model import HookedProxyLM, load_model
-from transformer_lens import HookedTransformer
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sae_afa_plugin.demo.model import EMBEDDED_NAME, load_embedded_model
+from sae_afa_plugin.demo.model import EMBEDDED_NAME, hooked_gpt2, load_embedded_model
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
@@ -25,19 +24,12 @@ def check_model_name(name: str) -> None:
     Raises:
         ValueError: If it has none, with the names that come near.
     """
-    if _is_known(name):
+    known = [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
+    if name.lower() in (one.lower() for one in known):
         return
-    near = get_close_matches(name, _known_names(), n=3)
+    near = get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see its model table"
     raise ValueError(f"TransformerLens has no model {name!r}: {hint}")
-
-
-def _known_names() -> list[str]:
-    return [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
-
-
-def _is_known(name: str) -> bool:
-    return name.lower() in (known.lower() for known in _known_names())
 
 
 def shared_model(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -114,13 +106,10 @@ def _from_folder(
 ) -> Any:
     if wanted["model_class_name"] == "AutoModelForCausalLM":
         return load_model("AutoModelForCausalLM", str(folder), device, kwargs, list(hook_names))
-    if _is_known(str(wanted["model_name"])):
-        return HookedTransformer.from_pretrained_no_processing(
-            wanted["model_name"],
-            hf_model=AutoModelForCausalLM.from_pretrained(folder),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
-            device=device,
-            **kwargs,
+    if AutoConfig.from_pretrained(folder).model_type == "gpt2":
+        hf_model = AutoModelForCausalLM.from_pretrained(folder)
+        return hooked_gpt2(
+            hf_model, AutoTokenizer.from_pretrained(folder), folder.name, device, **kwargs
         )
     if kwargs:
         raise ValueError(

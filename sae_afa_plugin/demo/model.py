@@ -99,9 +99,21 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
 
 
 def hooked_gpt2(
-    hf_model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, name: str, device: str = "cpu"
+    hf_model: GPT2LMHeadModel,
+    tokenizer: Any,
+    name: str,
+    device: str = "cpu",
+    **processing: bool,
 ) -> HookedTransformer:
-    """A ``HookedTransformer`` with the weights of a GPT-2 that is not on TransformerLens's list."""
+    """A ``HookedTransformer`` with the weights of any GPT-2, without asking a hub.
+
+    Args:
+        hf_model: The model in transformers' form.
+        tokenizer: Its tokenizer.
+        name: What the model is called.
+        device: Where to put it.
+        processing: Of TransformerLens, ``center_writing_weights=True`` say; all are off by default.
+    """
     hf_cfg = hf_model.config
     cfg = HookedTransformerConfig(
         n_layers=hf_cfg.n_layer,
@@ -120,10 +132,10 @@ def hooked_gpt2(
     model = HookedTransformer(cfg, tokenizer=tokenizer)
     model.load_and_process_state_dict(
         convert_gpt2_weights(hf_model, cfg),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
+        **dict.fromkeys(
+            ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
+        )
+        | processing,
     )
     return model.eval()
 
