@@ -10,7 +10,7 @@ from typing import Any
 
 from sae_lens.load_model import HookedProxyLM, load_model
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
 from sae_afa_plugin.demo.model import EMBEDDED_NAME, hooked_gpt2, load_embedded_model
 
@@ -107,7 +107,7 @@ def _from_folder(
     if wanted["model_class_name"] == "AutoModelForCausalLM":
         return load_model("AutoModelForCausalLM", str(folder), device, kwargs, list(hook_names))
     if AutoConfig.from_pretrained(folder).model_type == "gpt2":
-        hf_model = AutoModelForCausalLM.from_pretrained(folder)
+        hf_model = GPT2LMHeadModel.from_pretrained(folder)
         return hooked_gpt2(
             hf_model, AutoTokenizer.from_pretrained(folder), folder.name, device, **kwargs
         )
