@@ -510,7 +510,10 @@ def _assemble(
     tokens = pd.concat([one.tokens for one in finished], ignore_index=True)
     tokens["sae"] = tokens["sae"].astype("category")
     return AFAResults(
-        summary=pd.DataFrame.from_dict({one.name: one.summary for one in finished}, orient="index"),
+        # NaN for whatever is missing, as it comes back from a file
+        summary=pd.DataFrame.from_dict(
+            {one.name: one.summary for one in finished}, orient="index"
+        ).fillna(np.nan),
         tokens=tokens,
         sequences=sequences,
         metadata={

@@ -1,0 +1,482 @@
+"""The evaluator on real, small language models: what it reads, counts, refuses and keeps."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.afa_oracle import metrics_of_dictionary
+from helpers.models import tiny_hooked_sae_transformer
+from sae_lens import (
+    SAE,
+    StandardSAE,
+    StandardSAEConfig,
+    TemporalSAE,
+    TemporalSAEConfig,
+    Transcoder,
+    TranscoderConfig,
+)
+from sae_lens.load_model import HookedProxyLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from sae_afa_plugin import AFAResults, TopAFASAE, TopAFASAEConfig, evaluate_saes
+from sae_afa_plugin.demo.model import _tokenizer
+from sae_afa_plugin.metrics import summarize
+
+D_MODEL, HEADS, D_HEAD = 16, 4, 4
+BOS = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_hooked_sae_transformer(D_MODEL)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    tokens = torch.randint(1, 50, (9, 12), generator=torch.Generator().manual_seed(1))
+    tokens[:, 0] = BOS
+    return tokens
+
+
+def uneven(sae, hook, seed=0, **metadata):
+    """Weights whose rows, biases and signs differ, and the hook that the SAE belongs to."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            scale = torch.rand(parameter.shape[0], generator=generator) + 0.1
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * scale.view(-1, *[1] * (parameter.ndim - 1)) * 0.5)
+    for name, value in {"hook_name": hook, "model_name": "tiny", **metadata}.items():
+        sae.cfg.metadata[name] = value
+    return sae
+
+
+def standard(hook="blocks.1.hook_resid_pre", seed=0, d_in=D_MODEL, dtype="float32", **metadata):
+    cfg = StandardSAEConfig(d_in=d_in, d_sae=40, dtype=dtype)
+    return uneven(StandardSAE(cfg), hook, seed, **metadata)
+
+
+def evaluate(saes, model, tokens, **options):
+    options = {"exclude_special_tokens": (BOS,), "progress": False, **options}
+    return evaluate_saes(saes, model, tokens, **options)
+
+
+def activations(model, tokens, hook):
+    return model.run_with_cache(tokens, names_filter=hook)[1][hook][tokens != BOS].detach()
+
+
+def assert_rows(table, expected, rtol=1e-4):
+    for name, values in expected.items():
+        np.testing.assert_allclose(
+            table[name].to_numpy(dtype=float), values, rtol=rtol, atol=1e-6, err_msg=name
+        )
+
+
+def by_definition(sae, z):
+    return metrics_of_dictionary(z, sae.encode(z), sae.W_dec, sae.b_dec)
+
+
+def test_every_sae_gets_the_tokens_of_its_own_hook(model, tokens):
+    saes = {
+        "first": standard("blocks.0.hook_resid_pre", 1),
+        "second": standard("blocks.1.hook_resid_post", 2),
+    }
+    results = evaluate(saes, model, tokens)
+    for name, sae in saes.items():
+        rows = results.tokens[results.tokens["sae"] == name]
+        assert_rows(
+            rows, by_definition(sae, activations(model, tokens, sae.cfg.metadata.hook_name))
+        )
+        where = tokens.numpy()[rows["sequence"], rows["position"]]
+        assert (where == rows["token_id"]).all()
+        assert results.summary.loc[name, "tokens"] == 9 * 11
+        assert results.summary.loc[name, "special_tokens"] == 9
+        summary = summarize(rows)
+        assert results.summary.loc[name, list(summary)].to_dict() == pytest.approx(summary)
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_size_prompts": 1}, {"memory_budget": 1}, {"memory_budget": 5000}]
+)
+def test_batches_and_budgets_change_nothing(model, tokens, options):
+    saes = {"a": standard(), "b": standard("blocks.0.hook_mlp_out", 3)}
+    before = evaluate(saes, model, tokens).tokens
+    after = evaluate(saes, model, tokens, **options).tokens
+    pd.testing.assert_frame_equal(before, after, rtol=1e-4, atol=1e-6)
+
+
+def test_the_model_runs_once_and_no_further_than_the_last_hook(model, tokens):
+    seen = []
+    for layer in (0, 1):
+        model.blocks[layer].hook_resid_pre.add_perma_hook(
+            lambda tensor, hook: seen.append((hook.name, len(tensor)))
+        )
+    try:
+        evaluate(
+            {"a": standard("blocks.0.hook_resid_pre"), "b": standard("blocks.0.hook_mlp_out")},
+            model,
+            tokens,
+            batch_size_prompts=4,
+            exclude_special_tokens=(BOS,),
+        )
+    finally:
+        model.reset_hooks(including_permanent=True)
+    probes = [n for name, n in seen if n == 1 and name == "blocks.0.hook_resid_pre"]
+    batches = [n for name, n in seen if name == "blocks.0.hook_resid_pre"]
+    assert [n for n in batches if n > 1] == [4, 4]
+    assert len(probes) == 2 + 1  # each hook is looked at once before; 9 = 4 + 4 + 1
+    assert not [name for name, _ in seen if name == "blocks.1.hook_resid_pre"]
+
+
+def test_each_sae_is_loaded_once(model, tokens, tmp_path, monkeypatch):
+    loaded = []
+    load = SAE.load_from_disk.__func__
+    monkeypatch.setattr(
+        SAE,
+        "load_from_disk",
+        classmethod(lambda cls, path, **kwargs: loaded.append(path) or load(cls, path, **kwargs)),
+    )
+    for seed in (1, 2):
+        standard(seed=seed).save_model(tmp_path / str(seed))
+    evaluate({"1": tmp_path / "1", "2": tmp_path / "2"}, model, tokens, memory_budget=1)
+    assert loaded == [tmp_path / "1", tmp_path / "2"]
+
+
+def test_only_the_last_position(model, tokens):
+    sae = standard()
+    results = evaluate({"sae": sae}, model, tokens, positions="last")
+    x = model.run_with_cache(tokens)[1]["blocks.1.hook_resid_pre"][:, -1]
+    assert_rows(results.tokens, by_definition(sae, x))
+    assert (results.tokens["position"] == 11).all()
+
+
+def test_exactly_as_many_tokens_as_asked_for(model, tokens):
+    results = evaluate({"sae": standard()}, model, tokens, n_tokens=25)
+    assert list(zip(results.tokens["sequence"], results.tokens["position"], strict=True)) == [
+        *((0, p) for p in range(1, 12)), *((1, p) for p in range(1, 12)), (2, 1), (2, 2), (2, 3),
+    ]  # fmt: skip
+
+
+def test_fewer_tokens_than_asked_for_are_said(model, tokens, capsys):
+    results = evaluate({"sae": standard()}, model, tokens, progress=True)
+    assert len(results.tokens) == 99
+    said = capsys.readouterr().out
+    assert "the dataset has 99 tokens, not 50,000" in said
+    assert (
+        "sae: standard, 40 features of width 16, blocks.1.hook_resid_pre, normalize_activations "
+        "none, float32" in said
+    )
+
+
+def test_tokens_that_are_not_finite_are_counted_and_left_out(tokens):
+    model = tiny_hooked_sae_transformer(D_MODEL)
+    with torch.no_grad():
+        model.embed.W_E[7] = torch.nan
+        model.embed.W_E[8, 0] = torch.inf
+    bad = int(torch.isin(tokens, torch.tensor([7, 8])).sum())
+    assert bad > 2
+    sae = standard("hook_embed")
+    results = evaluate({"sae": sae}, model, tokens)
+    assert results.summary.loc["sae", "nonfinite_tokens"] == bad
+    assert results.summary.loc["sae", "tokens"] == 99 - bad == len(results.tokens)
+    assert not results.tokens["token_id"].isin([7, 8]).any()
+    assert np.isfinite(results.summary.loc["sae", "nmse_mean"])
+
+
+def test_an_sae_that_gives_nothing_finite_is_refused(model, tokens):
+    sae = standard()
+    with torch.no_grad():
+        sae.W_enc[3, 3] = torch.nan
+    with pytest.raises(ValueError, match="'sae' cannot be evaluated: none of its tokens"):
+        evaluate({"sae": sae}, model, tokens)
+
+
+def test_dead_features_are_those_active_on_no_token(model, tokens):
+    sae = standard()
+    with torch.no_grad():
+        sae.b_enc[:5] = -1e4
+    x = activations(model, tokens, "blocks.1.hook_resid_pre")
+    dead = int((~(sae.encode(x) != 0).any(0)).sum())
+    assert dead >= 5
+    summary = evaluate({"sae": sae}, model, tokens, memory_budget=5000).summary
+    assert summary.loc["sae", "dead_features"] == dead
+
+
+def test_a_transcoder_is_read_at_both_hooks(model, tokens):
+    cfg = TranscoderConfig(d_in=16, d_sae=40, d_out=16, apply_b_dec_to_input=False)
+    out = "blocks.0.hook_mlp_out"
+    sae = uneven(Transcoder(cfg), "blocks.0.ln2.hook_normalized", hook_name_out=out)
+    results = evaluate({"sae": sae}, model, tokens)
+    x, z = (activations(model, tokens, hook) for hook in (sae.cfg.metadata.hook_name, out))
+    expected = metrics_of_dictionary(z, sae.encode(x), sae.W_dec, sae.b_dec)
+    assert_rows(results.tokens, expected)
+    assert results.summary.loc["sae", "hook_name_out"] == out
+
+
+@pytest.mark.parametrize("style", ["hook_z", "none", "head"])
+def test_attention_heads(model, tokens, style):
+    hook = "blocks.1.attn.hook_z"
+    x = activations(model, tokens, hook)
+    if style == "head":
+        sae = standard(hook, d_in=D_HEAD, hook_head_index=2)
+        x = x[:, 2]
+    else:
+        cfg = StandardSAEConfig(d_in=HEADS * D_HEAD, d_sae=40, reshape_activations=style)
+        sae = uneven(StandardSAE(cfg), hook)
+        x = x.flatten(-2)
+    results = evaluate({"sae": sae}, model, tokens)
+    f = torch.relu((x - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    assert_rows(results.tokens, metrics_of_dictionary(x, f, sae.W_dec, sae.b_dec))
+
+
+def test_a_bfloat16_model(tokens):
+    model = tiny_hooked_sae_transformer(D_MODEL).to(torch.bfloat16)
+    sae = standard()
+    for budget in (1 << 30, 1):  # in memory and in a file
+        results = evaluate({"sae": sae}, model, tokens, memory_budget=budget)
+        x = activations(model, tokens, "blocks.1.hook_resid_pre")
+        assert x.dtype == torch.bfloat16
+        assert_rows(results.tokens, by_definition(sae, x.float()), rtol=1e-3)
+
+
+def test_a_model_with_the_hooks_of_transformers(tokens):
+    torch.manual_seed(0)
+    cfg = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=3, n_head=2)
+    model = HookedProxyLM(GPT2LMHeadModel(cfg).eval(), tokenizer=None)
+    sae = standard("blocks.1.hook_resid_post", hf_hook_name="transformer.h.1")
+    results = evaluate({"sae": sae}, model, tokens)
+    hidden = model.model(tokens, output_hidden_states=True).hidden_states[2]
+    assert_rows(results.tokens, by_definition(sae, hidden[tokens != BOS].detach()))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_model_from_a_local_folder(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        cfg = GPT2Config(vocab_size=1024, n_positions=64, n_embd=16, n_layer=2, n_head=2)
+        hf_model = GPT2LMHeadModel(cfg)
+        kwargs = {"center_writing_weights": True}
+    else:
+        cfg = LlamaConfig(
+            vocab_size=1024, max_position_embeddings=64, hidden_size=16, intermediate_size=32,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        )  # fmt: skip
+        hf_model = LlamaForCausalLM(cfg)
+        kwargs = {}
+    hf_model.save_pretrained(tmp_path)
+    _tokenizer().save_pretrained(tmp_path)
+    sae = standard(model_from_pretrained_kwargs=kwargs)
+    results = evaluate_saes(
+        {"sae": sae}, tmp_path, "embedded", n_tokens=200, context_size=32, progress=False
+    )
+    tokens = torch.tensor(results.sequences["token_id"].to_numpy()).view(-1, 32)
+    x = hf_model.eval()(tokens, output_hidden_states=True).hidden_states[1]
+    if kind == "gpt2":  # what center_writing_weights does to the residual stream
+        x = x - x.mean(-1, keepdim=True)
+    x = x.detach().numpy()[results.tokens["sequence"], results.tokens["position"]]
+    assert_rows(results.tokens, by_definition(sae, torch.tensor(x)), rtol=2e-3)
+
+
+def test_a_folder_that_cannot_be_processed_as_needed(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=2)
+    ).save_pretrained(tmp_path)  # fmt: skip
+    sae = standard(model_from_pretrained_kwargs={"center_writing_weights": True})
+    with pytest.raises(ValueError, match=r"need tiny loaded with \{'center_writing_weights': True"):
+        evaluate_saes({"sae": sae}, tmp_path, "embedded", progress=False)
+
+
+# --- what is refused ---
+
+
+def test_one_refused_sae_does_not_stop_the_others(model, tokens):
+    temporal = TemporalSAE(
+        TemporalSAEConfig(d_in=16, d_sae=32, n_heads=2, bottleneck_factor=4, kval_topk=4)
+    )
+    temporal.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    unscaled = standard()
+    unscaled.cfg.normalize_activations = "expected_average_only_in"
+    homeless = standard()
+    homeless.cfg.metadata.hook_name = None
+    saes = {
+        "temporal": temporal,
+        "unscaled": unscaled,
+        "homeless": homeless,
+        "wide": standard(d_in=20),
+        "elsewhere": standard("blocks.1.hook_resid_prae"),
+        "good": standard(),
+    }
+    results = evaluate(saes, model, tokens)
+    assert list(results.summary.index) == ["good"]
+    refused = results.metadata["refused"]
+    assert "its encode returns only the novel part" in refused.pop("temporal")
+    assert "no norm_scaling_factor is known" in refused.pop("unscaled")
+    assert "its metadata has no hook_name" in refused.pop("homeless")
+    assert "have width 16, but the SAE has d_in=20" in refused.pop("wide")
+    assert "did you mean 'blocks.1.hook_resid_pre'" in refused.pop("elsewhere")
+    assert refused == {}
+
+
+def test_nothing_that_can_be_evaluated_is_an_error(model, tokens):
+    with pytest.raises(
+        ValueError, match=r"'a' cannot be evaluated \(1 others neither\): .*d_in=20"
+    ):
+        evaluate({"a": standard(d_in=20), "b": standard(d_in=21)}, model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_token": 5}, "there is no option 'n_token': did you mean n_tokens"),
+        ({"protocol": "papers"}, r"protocol must be one of \['default', 'paper'\]: got 'papers'"),
+        ({"positions": "first"}, "positions must be 'all' or 'last': got 'first'"),
+        ({"n_tokens": 0}, "n_tokens must be at least 1: got 0"),
+        ({"context_size": 20}, r"shape \[n, 20 or more\]: got \(9, 12\)"),
+        ({"exclude_special_tokens": True}, "the model has no tokenizer, so its special tokens"),
+        ({"exclude_special_tokens": tuple(range(50))}, "no token is left to evaluate"),
+    ],
+)
+def test_options_that_cannot_be(model, tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate({"sae": standard()}, model, tokens, **options)
+
+
+def test_contexts_longer_than_the_model(model):
+    with pytest.raises(ValueError, match="context_size is 40, but the model takes 32 tokens"):
+        evaluate({"sae": standard()}, model, torch.ones(3, 40, dtype=torch.long))
+
+
+def test_saes_of_different_models_need_to_be_told(tokens):
+    saes = {"a": standard(model_name="gpt2"), "b": standard(model_name="pythia-70m")}
+    with pytest.raises(ValueError, match="'a' belongs to gpt2, but 'b' to pythia-70m"):
+        evaluate(saes, None, tokens)
+    with pytest.raises(ValueError, match="the metadata of 'a' names no model"):
+        evaluate({"a": standard(model_name=None)}, None, tokens)
+
+
+def test_saes_with_and_without_bos_need_to_be_told(model, tokens):
+    saes = {"a": standard(prepend_bos=True), "b": standard(prepend_bos=False)}
+    with pytest.raises(ValueError, match="some of the SAEs were trained with BOS"):
+        evaluate(saes, model, tokens)
+    assert len(evaluate(saes, model, tokens, prepend_bos=True).summary) == 2
+
+
+def test_contexts_are_no_longer_than_those_an_sae_knows():
+    sae = uneven(
+        StandardSAE(StandardSAEConfig(d_in=192, d_sae=40)),
+        "blocks.1.hook_resid_pre",
+        context_size=24,
+        prepend_bos=False,
+    )
+    results = evaluate_saes({"sae": sae}, "sae-afa-demo", "embedded", n_tokens=100, progress=False)
+    assert results.metadata["settings"]["context_size"] == 24
+    assert results.metadata["settings"]["prepend_bos"] is False
+    assert results.sequences["position"].max() == 23
+    assert results.sequences["token"][1].strip()
+
+
+# --- keeping and continuing ---
+
+
+def test_results_are_saved_and_loaded(model, tokens, tmp_path):
+    results = evaluate({"a": standard(), "b": standard(seed=2)}, model, tokens, out=tmp_path)
+    loaded = AFAResults.load(tmp_path)
+    pd.testing.assert_frame_equal(loaded.tokens, results.tokens)
+    pd.testing.assert_frame_equal(loaded.sequences, results.sequences)
+    pd.testing.assert_frame_equal(
+        loaded.summary, results.summary, check_names=False, check_dtype=False
+    )
+    assert loaded.metadata == json.loads(json.dumps(results.metadata))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "results.json", "sequences.parquet", "summary.csv", "tokens.parquet",
+    ]  # fmt: skip
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert written["schema_version"] == 1
+    assert written["settings"]["seed"] == 42
+    assert written["saes"]["a"]["l0_mean"] == pytest.approx(results.summary.loc["a", "l0_mean"])
+    assert "L0" not in str(results)
+    assert "l0_mean" in str(results)
+
+
+def test_finished_saes_are_not_evaluated_again(model, tokens, tmp_path, monkeypatch):
+    saes = {"a": standard(), "b": standard(seed=2)}
+    whole = evaluate(saes, model, tokens, out=tmp_path / "whole")
+    evaluate({"a": saes["a"]}, model, tokens, out=tmp_path / "parts")
+    encoded = []
+    encode = StandardSAE.encode
+    monkeypatch.setattr(
+        StandardSAE, "encode", lambda self, x: encoded.append(self) or encode(self, x)
+    )
+    parts = evaluate(saes, model, tokens, out=tmp_path / "parts")
+    assert set(map(id, encoded)) == {id(saes["b"])}
+    pd.testing.assert_frame_equal(parts.tokens, whole.tokens)
+    pd.testing.assert_frame_equal(
+        parts.summary, whole.summary, check_dtype=False, check_names=False
+    )
+    encoded.clear()
+    again = evaluate(saes, model, tokens, out=tmp_path / "parts")
+    assert encoded == []
+    pd.testing.assert_frame_equal(again.tokens, whole.tokens)
+
+
+def test_an_sae_that_has_changed_is_evaluated_again(model, tokens, tmp_path):
+    sae = standard()
+    before = evaluate({"a": sae}, model, tokens, out=tmp_path).summary.loc["a", "nmse_mean"]
+    with torch.no_grad():
+        sae.W_dec *= 0.5
+    after = evaluate({"a": sae}, model, tokens, out=tmp_path).summary.loc["a", "nmse_mean"]
+    assert after != before
+    assert AFAResults.load(tmp_path).summary.loc["a", "nmse_mean"] == pytest.approx(after)
+
+
+def test_other_settings_or_other_tokens_in_the_same_folder_are_refused(model, tokens, tmp_path):
+    saes = {"a": standard()}
+    evaluate(saes, model, tokens, out=tmp_path)
+    with pytest.raises(ValueError, match="n_tokens was 50000 and is 20"):
+        evaluate(saes, model, tokens, out=tmp_path, n_tokens=20)
+    saes["b"] = standard(seed=2)
+    with pytest.raises(ValueError, match="the dataset gives other tokens"):
+        evaluate(saes, model, tokens.flip(0), out=tmp_path)
+    assert list(AFAResults.load(tmp_path).summary.index) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "results.json").write_text("{"), "cannot be read"),
+        (
+            lambda f: (f / "results.json").write_text('{"schema_version": 99}'),
+            "schema_version is 99",
+        ),
+        (lambda f: (f / "tokens.parquet").write_bytes(b"PAR1"), "cannot be read"),
+        (lambda f: (f / "summary.csv").unlink(), "cannot be read"),
+        (lambda f: (f / "results.json").unlink(), "has no results.json"),
+    ],
+)
+def test_damaged_results_are_one_sentence(model, tokens, tmp_path, damage, message):
+    evaluate({"a": standard()}, model, tokens, out=tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        AFAResults.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_top_afa_sae_is_neither_over_nor_under_activated():
+    torch.manual_seed(0)
+    sae = TopAFASAE(TopAFASAEConfig(d_in=192, d_sae=1536))
+    sae.cfg.metadata.hook_name = "blocks.4.hook_resid_pre"
+    results = evaluate_saes(
+        {"fresh": sae}, "sae-afa-demo", "embedded", n_tokens=1000, core=True, core_tokens=256,
+        progress=False,
+    )  # fmt: skip
+    row = results.summary.loc["fresh"]
+    assert row["norm_ratio_median"] == pytest.approx(1, abs=0.01)
+    assert abs(row["interference_median"]) < row["max_abs_cos"] < 1
+    assert row["welch_bound"] < row["max_abs_cos"]
+    assert row["core_ce_loss_score"] < 1
+    assert row["core_l0"] == pytest.approx(row["l0_mean"], rel=0.2)
