@@ -70,14 +70,15 @@ _RESHAPING = ("reshape_fn_in", "reshape_fn_out", "hook_z_reshaping_mode", "d_hea
 @contextmanager
 def _heads_already_flat(sae: SAE[Any]) -> Generator[None]:
     """Let an SAE for attention heads take and give ``[..., d_in]``, as all others do."""
-    before = {name: sae.__dict__[name] for name in _RESHAPING if name in sae.__dict__}
+    attributes = vars(sae)
+    before = {name: attributes[name] for name in _RESHAPING if name in attributes}
     sae.turn_off_forward_pass_hook_z_reshaping()
     try:
         yield
     finally:
         for name in _RESHAPING:
-            sae.__dict__.pop(name, None)
-        sae.__dict__.update(before)
+            attributes.pop(name, None)
+        attributes.update(before)
 
 
 class AFAReader:
@@ -157,7 +158,7 @@ class AFAReader:
         x = self._flat(x, self.sae.cfg.d_in)
         f = self._encode(x).to(self._W_dec.dtype)
         active = f != 0
-        self.fired |= active.flatten(0, -2).any(0)
+        self.fired |= active.reshape(-1, active.shape[-1]).any(0)
         recons = f @ self._W_dec
         f_unit = f if self._on_unit_rows else f * self._norms
         return token_metrics(self._target(x, x_out), recons, f_unit, self._b_dec, l0=active.sum(-1))

@@ -11,7 +11,6 @@ from sae_lens import SAETransformerBridge
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_afa_plugin import TopAFASAE, TopAFASAEConfig
-from sae_afa_plugin.tokens import tokenize
 from sae_afa_plugin.demo import text
 from sae_afa_plugin.demo.model import (
     ASSETS,
@@ -21,6 +20,7 @@ from sae_afa_plugin.demo.model import (
     load_embedded_model,
     load_smollm2,
 )
+from sae_afa_plugin.tokens import tokenize
 
 
 @pytest.fixture(scope="module")

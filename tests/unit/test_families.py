@@ -676,6 +676,14 @@ def test_a_foreign_decoder_is_refused_and_the_sae_left_clean(how, error, message
     assert (hook_points(sae), sae.reshape_fn_in, sae.reshape_fn_out) == before
 
 
+def test_a_token_that_is_not_finite_says_nothing_of_the_decoder():
+    x = tokens(n=8)[0]
+    x[2, 3] = torch.nan
+    AFAReader(ON_DISK["standard"].make()).check_decoder(x)
+    with pytest.raises(ValueError, match="architecture 'foreign' is not supported"):
+        AFAReader(Family("ForeignSAE", relu).make()).check_decoder(x)
+
+
 def test_temporal_is_refused_by_name():
     sae = families.TemporalSAE(
         families.TemporalSAEConfig(d_in=8, d_sae=64, n_heads=4, bottleneck_factor=4)

@@ -1,0 +1,1233 @@
+"""``sae-afa evaluate`` with real parts: releases from a hub on the loopback, kills, full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset
+from helpers.afa_oracle import metrics_of_dictionary
+from helpers.hub import LoopbackHub, client_environment, run_client
+from sae_lens import StandardSAE, StandardSAEConfig
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sae_afa_plugin import cli
+from sae_afa_plugin.demo.model import ASSETS
+from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.results import AFAResults
+
+RELEASE = "gpt2-small-res-jb"
+RELEASE_IDS = [*(f"blocks.{i}.hook_resid_pre" for i in range(12)), "blocks.11.hook_resid_post"]
+CATALOGUE_L0 = [10, 10, 18, 23, 31, 41, 51, 54, 60, 70, 52, 56, 70]
+MALFORMED = "gpt2-small-res_scefr-ajt"
+MALFORMED_IDS = [f"blocks.{i}.hook_resid_pre" for i in (2, 6, 10)]
+D_MODEL, D_SAE, BOS = 16, 48, 0
+SUBSET = "OpenWebText2"
+# in client_environment it is 2: whether numbers are equal to the last bit may depend on it
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+# --- what lies on the hub ---
+
+
+def gpt2_tokenizer() -> PreTrainedTokenizerFast:
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    return PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tokenizer.json"), **special)
+
+
+def publish_gpt2(folder: Path) -> None:
+    """Twelve layers, whose residual stream has a mean that is far from zero."""
+    tokenizer = gpt2_tokenizer()
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=D_MODEL,
+            n_layer=12,
+            n_head=2,
+            n_positions=128,
+            n_ctx=128,
+            initializer_range=0.3,
+        )
+    )
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.2
+        for block in model.transformer.h:
+            block.mlp.c_proj.bias += 0.1
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def publish_old_sae(folder: Path, hook: str, seed: int) -> None:
+    """An SAE as it was saved in 2024: the config's names are those of SAELens before 6.0."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    folder.mkdir(parents=True)
+    lengths = torch.rand(D_SAE, 1, generator=generator) * 2 + 0.25
+    weights = {
+        "W_enc": random(D_MODEL, D_SAE) / D_MODEL**0.5,
+        "W_dec": random(D_SAE, D_MODEL) / D_MODEL**0.5 * lengths,
+        "b_enc": random(D_SAE) * 0.2,
+        "b_dec": random(D_MODEL) * 0.5,
+    }
+    save_file(weights, folder / "sae_weights.safetensors")
+    config = {
+        "model_name": "gpt2-small",
+        "hook_point": hook,
+        "hook_point_layer": int(hook.split(".")[1]),
+        "hook_point_head_index": None,
+        "dataset_path": "Skylion007/openwebtext",
+        "is_dataset_tokenized": False,
+        "context_size": 128,
+        "use_cached_activations": False,
+        "d_in": D_MODEL,
+        "d_sae": D_SAE,
+        "expansion_factor": D_SAE // D_MODEL,
+        "activation_fn": "relu",
+        "normalize_activations": False,  # a boolean then
+        "b_dec_init_method": "geometric_median",
+        "l1_coefficient": 8e-5,
+        "device": "cuda",
+        "dtype": "torch.float32",
+        "seed": 42,
+        "from_pretrained_path": None,
+    }
+    (folder / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def publish_lines(repo: Path, rows: list[dict[str, Any]]) -> None:
+    repo.mkdir(parents=True)
+    lines = "\n".join(map(json.dumps, rows))
+    (repo / "train.jsonl").write_text(lines, encoding="utf-8")
+
+
+def text_of_exactly(n: int) -> str:
+    """A text that the tokenizer turns into n tokens."""
+    tokenizer = gpt2_tokenizer()
+    for text in standard_library_texts("heldout"):
+        cut = tokenizer.decode(tokenizer(text)["input_ids"][:n])
+        if len(tokenizer(cut)["input_ids"]) == n:
+            return cut
+    raise AssertionError(f"no text has a beginning of {n} tokens")
+
+
+def pile() -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of a dataset like pile-10k, and the texts that the paper's protocol may use."""
+    tokenizer = gpt2_tokenizer()
+    long = [t for t in standard_library_texts("train") if len(tokenizer(t)["input_ids"]) >= 200]
+    fitting = [*long[:23], text_of_exactly(127)]  # with BOS, 127 are just enough
+    rows: list[dict[str, Any]] = []
+    for i, text in enumerate(fitting):
+        rows.append({"text": long[30 + i], "meta": {"pile_set_name": "Github"}})
+        rows.append({"text": text, "meta": {"pile_set_name": SUBSET}})
+        rows.append({"text": long[60 + i][:80], "meta": {"pile_set_name": SUBSET}})
+    rows.append({"text": text_of_exactly(126), "meta": {"pile_set_name": SUBSET}})
+    return rows, fitting
+
+
+class Hub(NamedTuple):
+    loopback: LoopbackHub
+    texts: list[str]
+    pile_texts: list[str]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
+    """A hub with gpt2, two releases of SAEs for it, a text and a small pile."""
+    with LoopbackHub(tmp_path_factory.mktemp("hub")) as loopback:
+        publish_gpt2(loopback.repo("gpt2"))
+        repo = loopback.repo("jbloom/GPT2-Small-SAEs-Reformatted")
+        for seed, hook in enumerate(RELEASE_IDS):
+            publish_old_sae(repo / hook, hook, seed)
+        repo = loopback.repo("neuronpedia/gpt2-small__res_scefr-ajt")
+        for layer in (2, 6, 10):
+            publish_old_sae(
+                repo / f"{layer}-res_scefr-ajt", f"blocks.{layer}.hook_resid_pre", 100 + layer
+            )
+        texts = standard_library_texts("train")[:20]
+        publish_lines(loopback.repo("somebody/text", "datasets"), [{"text": t} for t in texts])
+        rows, pile_texts = pile()
+        publish_lines(loopback.repo("somebody/pile", "datasets"), rows)
+        yield Hub(loopback, texts, pile_texts)
+
+
+class Ran(NamedTuple):
+    """One run of the command."""
+
+    status: int
+    out: str
+    err: str
+
+    def error(self) -> str:
+        """The one sentence that says what is wrong."""
+        assert "Traceback" not in self.out + self.err
+        assert self.status == 2, self.err
+        (line,) = [line for line in self.err.splitlines() if "sae-afa evaluate: error: " in line]
+        assert line == self.err.splitlines()[-1]
+        return line.split("error: ", 1)[1]
+
+
+SESSION = """
+import contextlib, io, json, os
+from sae_afa_plugin import cli
+
+os.environ["COLUMNS"] = "220"
+for argv in json.loads({commands!r}):
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        status = cli.main(["evaluate", *argv])
+    print("ran", json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+
+
+def run_session(loopback: LoopbackHub, commands: dict[str, list[str]], folder: Path) -> Any:
+    """Several evaluations in one process that knows only this hub: imports take long."""
+    code = SESSION.format(commands=json.dumps(list(commands.values())))
+    lines = run_client(loopback, code, folder).splitlines()
+    ran = [Ran(*json.loads(line[4:])) for line in lines if line.startswith("ran ")]
+    return dict(zip(commands, ran, strict=True))
+
+
+# --- a release from the hub ---
+
+
+class Evaluated(NamedTuple):
+    ran: Ran
+    folder: Path
+    requests: list[str]
+
+
+@pytest.fixture(scope="module")
+def release(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    """The command as a user runs it, with nothing but the name of a release and a dataset."""
+    folder = tmp_path_factory.mktemp("release")
+    before = len(hub.loopback.requests)
+    command = [sys.executable, "-m", "sae_afa_plugin.cli", "evaluate", RELEASE]
+    env = client_environment(hub.loopback, folder)
+    done = subprocess.run(
+        [*command, "--dataset", "somebody/text", "--tokens", "600", "--out", "results"],
+        env={k: v for k, v in env.items() if k not in ("COLUMNS", "LINES")},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    ran = Ran(done.returncode, done.stdout, done.stderr)
+    return Evaluated(ran, folder / "results", hub.loopback.requests[before:])
+
+
+def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: Evaluated) -> None:
+    summary = pd.read_csv(release.folder / "summary.csv", index_col="sae")
+    assert list(summary.index) == RELEASE_IDS
+    assert list(summary["catalogue_l0"]) == CATALOGUE_L0
+    assert set(summary["tokens"]) == {600}
+    assert set(summary["d_sae"]) == {D_SAE}
+    assert list(summary["hook_name"]) == RELEASE_IDS
+
+    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    assert len(tokens) == 13 * 600
+    assert set(tokens.groupby("sae", observed=True).size()) == {600}
+
+    written = json.loads((release.folder / "results.json").read_text(encoding="utf-8"))
+    assert written["schema_version"] == 1
+    assert written["refused"] == {}
+    assert list(written["saes"]) == RELEASE_IDS
+    settings = written["settings"]
+    assert settings["dataset"] == "somebody/text"
+    assert settings["n_tokens"] == 600
+    assert settings["context_size"] == 128
+    assert settings["prepend_bos"] is True
+    assert settings["seed"] == 42
+    assert "center_writing_weights" in settings["model"]
+    for package in ("sae-afa-plugin", "sae-lens", "transformer-lens", "torch", "python"):
+        assert written["versions"][package][0].isdigit()
+
+    assert sorted(file.name for file in release.folder.iterdir()) == [
+        "results.json", "sequences.parquet", "summary.csv", "tokens.parquet",
+    ]  # fmt: skip
+    assert not hub.loopback.unknown_requests
+
+
+def test_it_prints_what_was_loaded(release: Evaluated) -> None:
+    for sae_id in RELEASE_IDS:
+        said = f"{sae_id}: standard, 48 features of width 16, {sae_id}, normalize_activations none"
+        assert release.ran.out.count(said) == 1, sae_id
+
+
+def test_the_table_can_be_read_in_a_pipe_and_in_80_columns(release: Evaluated) -> None:
+    """Numbers and headings are whole, and each SAE is one line that grep finds."""
+    assert "…" not in release.ran.out
+    table = release.ran.out[release.ran.out.rindex("protocol default") :]
+    summary = pd.read_csv(release.folder / "summary.csv", index_col="sae")
+    for sae_id, row in summary.iterrows():
+        (line,) = [line for line in table.splitlines() if f"{sae_id} " in line]
+        cells = [cell.strip() for cell in line.strip("│ ").split("│")]
+        assert cells[1:3] == [f"{row['l0_mean']:.1f}", f"{row['catalogue_l0']:.1f}"]
+
+
+def test_an_l0_far_from_the_catalogue_is_pointed_out_and_only_then(release: Evaluated) -> None:
+    summary = pd.read_csv(release.folder / "summary.csv", index_col="sae")
+    far = [
+        sae_id
+        for sae_id, l0, listed in zip(RELEASE_IDS, summary["l0_mean"], CATALOGUE_L0, strict=True)
+        if not 0.5 < l0 / listed < 2
+    ]
+    assert 0 < len(far) < 13, "this test needs both"
+    for sae_id, l0, listed in zip(RELEASE_IDS, summary["l0_mean"], CATALOGUE_L0, strict=True):
+        said = f"{sae_id}: L0 is {l0:.1f}, but the catalogue says {listed}"
+        assert (said in release.ran.out) == (sae_id in far)
+
+
+def test_the_model_is_read_once_for_all_saes(release: Evaluated) -> None:
+    loads = [r for r in release.requests if r == "GET /gpt2/resolve/main/model.safetensors"]
+    assert len(loads) == 1
+    weights = [r for r in release.requests if r.startswith("GET") and "sae_weights" in r]
+    assert len(weights) == 13
+
+
+def residual_stream(hub: Hub, tokens: np.ndarray) -> list[np.ndarray]:
+    """What transformers computes before each block and after the last: ``[n, position, d]``."""
+    model = GPT2LMHeadModel.from_pretrained(hub.loopback.repo("gpt2")).eval()
+    last: list[torch.Tensor] = []
+    model.transformer.ln_f.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    with torch.no_grad():
+        hidden = model(torch.as_tensor(tokens).long(), output_hidden_states=True).hidden_states
+    return [h.double().numpy() for h in (*hidden[:12], last[0])]
+
+
+def centred(x: np.ndarray) -> np.ndarray:
+    """The residual stream of a model whose writing weights have been centred."""
+    return x - x.mean(-1, keepdims=True)
+
+
+def by_position(table: pd.DataFrame, column: str) -> np.ndarray:
+    n, length = table["sequence"].max() + 1, table["position"].max() + 1
+    values = np.zeros((n, length), dtype=np.int64)
+    values[table["sequence"], table["position"]] = table[column]
+    return values
+
+
+def test_the_tokens_are_the_documents_in_a_row(hub: Hub, release: Evaluated) -> None:
+    sequences = pd.read_parquet(release.folder / "sequences.parquet")
+    ids = by_position(sequences, "token_id")
+    assert ids.shape[1] == 128
+    assert (ids[:, 0] == BOS).all()
+    tokenizer = gpt2_tokenizer()
+    stream = [i for text in hub.texts for i in tokenizer(text)["input_ids"]]
+    read = ids.flatten()[ids.flatten() != BOS]
+    # a sequence's first place is taken by BOS, nothing else may be lost
+    assert read.tolist() == stream[: len(read)]
+    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    for _, part in tokens.groupby("sae", observed=True):
+        assert part["token_id"].tolist() == stream[:600]
+        assert (ids[part["sequence"], part["position"]] == part["token_id"]).all()
+
+
+@pytest.mark.parametrize("sae_id", ["blocks.3.hook_resid_pre", "blocks.11.hook_resid_post"])
+def test_the_numbers_are_those_of_a_slow_computation(
+    hub: Hub, release: Evaluated, sae_id: str
+) -> None:
+    ids = by_position(pd.read_parquet(release.folder / "sequences.parquet"), "token_id")
+    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    tokens = tokens.loc[tokens["sae"] == sae_id]
+    hidden = residual_stream(hub, ids)[12 if "post" in sae_id else 3]
+    raw = hidden[tokens["sequence"], tokens["position"]]
+    z = centred(raw)
+    repo = hub.loopback.repo("jbloom/GPT2-Small-SAEs-Reformatted")
+    weights = load_file(repo / sae_id / "sae_weights.safetensors")
+    W_enc, W_dec, b_enc, b_dec = (
+        weights[name].double().numpy() for name in ("W_enc", "W_dec", "b_enc", "b_dec")
+    )
+    f = np.maximum((z - b_dec) @ W_enc + b_enc, 0)
+    expected = metrics_of_dictionary(z, f, W_dec, b_dec)
+    # these would be seen: a model that is not centred, coefficients on rows as long as they are
+    uncentred = np.linalg.norm(raw, axis=1) / expected["norm_z"]
+    assert np.median(uncentred) > 1.05
+    unweighted = np.sqrt((f**2).sum(1) + b_dec @ b_dec) / expected["norm_f"]
+    assert abs(np.median(unweighted) - 1) > 0.05
+    for column, values in expected.items():
+        if column == "over_activated":
+            assert (tokens[column] == values).mean() > 0.995
+        elif column == "l0":
+            assert (tokens[column] != values).mean() < 0.01  # a value that rounds to zero or not
+        else:
+            np.testing.assert_allclose(tokens[column], values, rtol=2e-3, atol=1e-5, err_msg=column)
+    row = pd.read_csv(release.folder / "summary.csv", index_col="sae").loc[sae_id]
+    assert row["norm_f_median"] == pytest.approx(np.median(expected["norm_f"]), rel=1e-4)
+    assert row["norm_ratio_mean"] == pytest.approx(
+        np.mean(expected["norm_f"] / expected["norm_z"]), rel=1e-4
+    )
+    assert row["dead_features"] == pytest.approx((f == 0).all(0).sum(), abs=1)
+
+
+# --- other ways to choose: one process for all of them ---
+
+
+@pytest.fixture(scope="module")
+def chosen(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Ran], Path]:
+    folder = tmp_path_factory.mktemp("chosen")
+    text = ["--dataset", "somebody/text", "--tokens", "200"]
+    paper = ["--protocol", "paper", "--dataset", "somebody/pile"]
+    one = [RELEASE, "--sae-id", "blocks.3.hook_resid_pre"]
+    commands = {
+        "glob": [RELEASE, "--sae-id", "blocks.1*.hook_resid_pre", *text],
+        "two": [RELEASE, "--sae-id", "*resid_post", "--sae-id", "blocks.0.*", *text],
+        "repository": ["jbloom/GPT2-Small-SAEs-Reformatted", "--sae-id", "*.11.*", *text],
+        "core": [*one, "--core", *text],
+        "malformed": [MALFORMED, *text],
+        "all of it": [*one, *paper],
+        "seed 1": [*one, *paper, "--tokens", "20", "--seed", "1"],
+        "seed 1 again": [*one, *paper, "--tokens", "20", "--seed", "1"],
+        "seed 2": [*one, *paper, "--tokens", "20", "--seed", "2"],
+    }
+    commands = {name: [*argv, "--out", name] for name, argv in commands.items()}
+    return run_session(hub.loopback, commands, folder), folder
+
+
+def test_patterns_choose_the_saes_of_a_release(chosen: tuple[dict[str, Ran], Path]) -> None:
+    ran, folder = chosen
+    for name, expected in (
+        ("glob", [f"blocks.{i}.hook_resid_pre" for i in (1, 10, 11)]),
+        ("two", ["blocks.11.hook_resid_post", "blocks.0.hook_resid_pre"]),
+        ("repository", ["blocks.11.hook_resid_post", "blocks.11.hook_resid_pre"]),
+    ):
+        assert ran[name].status == 0, ran[name].err
+        assert list(AFAResults.load(folder / name).summary.index) == expected
+
+
+def test_a_repository_outside_the_catalogue_has_no_catalogue_l0(
+    chosen: tuple[dict[str, Ran], Path],
+) -> None:
+    ran, folder = chosen
+    assert AFAResults.load(folder / "repository").summary["catalogue_l0"].isna().all()
+    assert "catalogue" not in ran["repository"].out
+    assert "L0 (catalogue)" in ran["glob"].out
+
+
+def test_core_adds_what_saelens_measures(chosen: tuple[dict[str, Ran], Path]) -> None:
+    ran, folder = chosen
+    assert ran["core"].status == 0, ran["core"].err
+    row = AFAResults.load(folder / "core").summary.loc["blocks.3.hook_resid_pre"]
+    assert np.isfinite(row["core_ce_loss_score"])
+    # SAELens measures L0 on the sequences that we read, which have a few tokens more
+    assert row["core_l0"] == pytest.approx(row["l0_mean"], rel=0.1)
+    assert "CE recovered" in ran["core"].out
+    assert "CE recovered" not in ran["glob"].out
+    without = AFAResults.load(folder / "glob").summary
+    assert not [column for column in without if column.startswith("core_")]
+
+
+def test_the_malformed_entry_of_the_catalogue_is_evaluated(
+    chosen: tuple[dict[str, Ran], Path],
+) -> None:
+    ran, folder = chosen
+    assert ran["malformed"].status == 0, ran["malformed"].err
+    results = AFAResults.load(folder / "malformed")
+    assert list(results.summary.index) == MALFORMED_IDS
+    assert results.summary["catalogue_l0"].isna().all()  # unknown, not 0
+    assert "catalogue" not in ran["malformed"].out
+    # this entry asks for no centring
+    assert "center_writing_weights" not in results.metadata["settings"]["model"]
+
+
+def paper_documents(hub: Hub, folder: Path) -> list[int]:
+    """Which of the pile's texts were read, in order."""
+    tokenizer = gpt2_tokenizer()
+    known = {(BOS, *tokenizer(text)["input_ids"][:127]): i for i, text in enumerate(hub.pile_texts)}
+    ids = by_position(pd.read_parquet(folder / "sequences.parquet"), "token_id")
+    return [known[tuple(row)] for row in ids.tolist()]
+
+
+def test_the_papers_protocol_reads_the_last_token_of_each_long_document_of_one_part(
+    hub: Hub, chosen: tuple[dict[str, Ran], Path]
+) -> None:
+    ran, folder = chosen
+    assert ran["all of it"].status == 0, ran["all of it"].err
+    read = paper_documents(hub, folder / "all of it")
+    assert sorted(read) == list(range(24))  # none of Github, none too short, none twice
+    assert read != sorted(read)  # in random order
+    assert "24 tokens, not 1,000" in ran["all of it"].out
+    tokens = pd.read_parquet(folder / "all of it" / "tokens.parquet")
+    assert tokens["sequence"].tolist() == list(range(24))
+    assert set(tokens["position"]) == {127}
+    ids = by_position(pd.read_parquet(folder / "all of it" / "sequences.parquet"), "token_id")
+    z = centred(residual_stream(hub, ids)[3][:, 127])
+    np.testing.assert_allclose(tokens["norm_z"], np.linalg.norm(z, axis=1), rtol=1e-4)
+
+
+def test_the_seed_decides_which_documents_come_first(
+    hub: Hub, chosen: tuple[dict[str, Ran], Path]
+) -> None:
+    _, folder = chosen
+    one, again, two = (
+        paper_documents(hub, folder / name) for name in ("seed 1", "seed 1 again", "seed 2")
+    )
+    assert len(one) == 20
+    assert one == again
+    assert one != two
+    assert set(one) != set(two)
+
+
+@pytest.fixture(scope="module")
+def refused_by_hub(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ran]]:
+    """Commands against a hub that has the model, some text, and not much else."""
+    root = tmp_path_factory.mktemp("bare_hub")
+    with LoopbackHub(root) as bare:
+        shutil.copytree(hub.loopback.repo("gpt2"), bare.repo("gpt2"))
+        publish_old_sae(bare.repo("somebody/sae") / "sae", "blocks.1.hook_resid_pre", 0)
+        publish_lines(bare.repo("somebody/text", "datasets"), [{"text": t} for t in hub.texts])
+        broken = bare.repo("somebody/broken", "datasets")
+        publish_lines(broken, [])
+        (broken / "train.jsonl").write_text('{"text": "one"}\n{"text": ', encoding="utf-8")
+        cut_off = bare.repo("somebody/cut-off") / "sae"
+        publish_old_sae(cut_off, "blocks.1.hook_resid_pre", 0)
+        truncate(cut_off / "sae_weights.safetensors")
+        publish_lines(bare.repo("somebody/no-saes"), [])
+        text = ["--dataset", "somebody/text", "--tokens", "100"]
+        commands = {
+            "malformed": [MALFORMED, *text],
+            "repository": ["somebody/nothing", *text],
+            "no saes": ["somebody/no-saes", *text],
+            "cut off": ["somebody/cut-off", *text],
+            "dataset": ["somebody/sae", "--dataset", "somebody/nothing"],
+            "broken dataset": ["somebody/sae", "--dataset", "somebody/broken"],
+            "split": ["somebody/sae", *text, "--split", "tarin"],
+        }
+        commands = {name: [*argv, "--out", name] for name, argv in commands.items()}
+        yield run_session(bare, commands, tmp_path_factory.mktemp("refused"))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("malformed", ["blocks.2.hook_resid_pre", MALFORMED, "RepositoryNotFoundError"]),
+        ("repository", ["'somebody/nothing' is neither a release", "RepositoryNotFoundError"]),
+        ("no saes", ["'somebody/no-saes' holds no SAE", "cfg.json"]),
+        ("cut off", ["'sae' cannot be evaluated", "damaged or incomplete"]),
+        ("dataset", ["the dataset 'somebody/nothing'", "hub"]),
+        ("broken dataset", ["somebody/broken"]),
+        ("split", ["somebody/text", "tarin", "train"]),
+    ],
+)
+def test_what_the_hub_lacks_is_one_sentence(
+    refused_by_hub: dict[str, Ran], name: str, parts: list[str]
+) -> None:
+    message = refused_by_hub[name].error()
+    for part in parts:
+        assert part in message
+
+
+# --- SAEs in folders, on the embedded model ---
+
+
+def save_sae(folder: Path, hook: str, d_sae: int = 64, seed: int = 0, **other: Any) -> Path:
+    """An SAE of the embedded model: rows of different lengths, biases that are not zero."""
+    d_in = other.pop("d_in", 192)
+    torch.manual_seed(seed)
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=d_sae))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.randn(d_in, d_sae) / d_in**0.5)
+        sae.W_dec.copy_(torch.randn(d_sae, d_in) / d_in**0.5 * (torch.rand(d_sae, 1) + 0.5))
+        sae.b_enc.normal_(std=0.5)
+        sae.b_dec.normal_(std=0.3)
+    sae.cfg.metadata.hook_name = hook
+    for name, value in {"model_name": "sae-afa-demo", **other}.items():
+        setattr(sae.cfg.metadata, name, value)
+    sae.save_model(folder)
+    return folder
+
+
+def truncate(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def hidden_files(folder: Path) -> list[Path]:
+    return [place for place in folder.rglob(".*")]
+
+
+def loaded(ran: Ran) -> list[str]:
+    """The SAEs that a run has loaded, in order."""
+    return [line.split(":")[0] for line in ran.out.splitlines() if " features of width " in line]
+
+
+def assert_same_results(found: Path, expected: Path) -> None:
+    """Exactly, column by column, in the tables and in the files."""
+    one, other = AFAResults.load(found), AFAResults.load(expected)
+    for name in ("summary", "tokens", "sequences"):
+        pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
+    assert one.metadata == other.metadata
+    for file in ("summary.csv", "results.json"):
+        assert (found / file).read_bytes() == (expected / file).read_bytes(), file
+    names = ["results.json", "sequences.parquet", "summary.csv", "tokens.parquet"]
+    assert sorted(place.name for place in found.iterdir()) == names
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run the command in this process, with as many threads as the child processes have."""
+    monkeypatch.setenv("COLUMNS", "220")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*arguments: object) -> Ran:
+        capfd.readouterr()
+        status = cli.main(["evaluate", *map(str, arguments)])
+        return Ran(status, *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+EMBEDDED = ["--model", "sae-afa-demo", "--dataset", "embedded", "--tokens", "2000"]
+
+
+def command_for(folder: Path, *names: str) -> list[str]:
+    return [*EMBEDDED, *(part for name in names for part in ("--path", str(folder / name)))]
+
+
+@pytest.fixture(scope="module")
+def saes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small SAEs, and a wide one that takes seconds: time enough to end the process."""
+    folder = tmp_path_factory.mktemp("saes")
+    for seed, name in enumerate(("a", "b", "c")):
+        save_sae(folder / name, f"blocks.{seed + 1}.hook_resid_pre", seed=seed)
+    save_sae(folder / "wide", "blocks.4.hook_resid_pre", d_sae=16384, seed=3)
+    return folder
+
+
+KILL_ORDER = ("a", "b", "wide", "c")
+
+
+def started(saes: Path, out: Path) -> subprocess.Popen[str]:
+    """The command in a process of its own, when it has finished two SAEs of four."""
+    arguments = [*command_for(saes, *KILL_ORDER), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sae_afa_plugin.cli", "evaluate", *arguments],
+        env={**os.environ, **ONE_THREAD, "COLUMNS": "220"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # shells start background jobs with Ctrl-C switched off
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    end = time.monotonic() + 120
+    while len(list(out.glob("unfinished/*.parquet"))) < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.005)
+    return process
+
+
+@pytest.fixture(scope="module")
+def killed(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What kill -9 leaves behind; tests work on copies."""
+    out = tmp_path_factory.mktemp("killed") / "out"
+    process = started(saes, out)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(out.glob("unfinished/*.parquet"))) == 2, "it was killed too late"
+    return out
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted") / "out"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert cli.main(["evaluate", *command_for(saes, *KILL_ORDER), "--out", str(out)]) == 0
+    torch.set_num_threads(threads)
+    assert list(AFAResults.load(out).summary.index) == list(KILL_ORDER)
+    return out
+
+
+@pytest.fixture
+def left(killed: Path, tmp_path: Path) -> Path:
+    """A folder as kill -9 left it."""
+    return Path(shutil.copytree(killed, tmp_path / "out"))
+
+
+def test_a_killed_evaluation_holds_no_results_yet(left: Path) -> None:
+    with pytest.raises(ValueError, match="not finished, run it again to continue"):
+        AFAResults.load(left)
+
+
+def test_a_killed_evaluation_goes_on_and_ends_in_the_same_results(
+    saes: Path, left: Path, uninterrupted: Path, run: Run
+) -> None:
+    ran = run(*command_for(saes, *KILL_ORDER), "--out", left)
+    assert ran.status == 0, ran.err
+    assert "2 SAEs were finished before, 2 are to do" in ran.out
+    assert loaded(ran) == ["wide", "c"]
+    assert_same_results(left, uninterrupted)
+
+
+def test_ctrl_c_is_130_and_goes_on_as_well(
+    saes: Path, uninterrupted: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    process = started(saes, out)
+    process.send_signal(signal.SIGINT)
+    printed, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "sae-afa evaluate: interrupted" in err
+    assert "run the same again" in err.splitlines()[-1]
+    assert "Traceback" not in printed + err
+    assert not hidden_files(out)
+    finished = {file: file.read_bytes() for file in out.glob("unfinished/*.parquet")}
+    assert len(finished) == 2
+
+    ran = run(*command_for(saes, *KILL_ORDER), "--out", out)
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == ["wide", "c"]
+    assert_same_results(out, uninterrupted)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty", "not ours"])
+def test_a_damaged_part_is_said_and_evaluated_again(
+    saes: Path, left: Path, uninterrupted: Path, run: Run, damage: str
+) -> None:
+    part = sorted(left.glob("unfinished/*.parquet"))[0]
+    whose = pd.read_parquet(part)["sae"].iloc[0]
+    if damage == "cut off":
+        truncate(part)
+    elif damage == "empty":
+        part.write_bytes(b"")
+    else:
+        pd.DataFrame({"x": [1]}).to_parquet(part)
+    # without the wide one: not every one of its seconds is needed
+    names = [name for name in KILL_ORDER if name != "wide"]
+    ran = run(*command_for(saes, *names), "--out", left)
+    assert ran.status == 0, ran.err
+    assert f"{part.name} is damaged and evaluated again" in ran.out
+    assert "1 SAEs were finished before, 2 are to do" in ran.out
+    assert sorted(loaded(ran)) == sorted([whose, "c"])
+    expected = AFAResults.load(uninterrupted)
+    found = AFAResults.load(left)
+    pd.testing.assert_frame_equal(found.summary, expected.summary.loc[names], check_exact=True)
+
+
+def test_what_a_kill_left_half_written_is_cleared_away(
+    saes: Path, tmp_path: Path, run: Run
+) -> None:
+    """A process that is killed while it writes cannot remove its own temporary file."""
+    out = tmp_path / "out"
+    (out / "unfinished").mkdir(parents=True)
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()  # nobody has this number any more
+    for place in (out, out / "unfinished"):
+        (place / f".tokens.parquet.{process.pid}").write_bytes(b"half")
+    ran = run(*command_for(saes, "a"), "--out", out)
+    assert ran.status == 0, ran.err
+    assert not hidden_files(out)
+
+
+# --- a disk that is full ---
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
+    """A file system of some bytes; gives a function that makes it larger."""
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs"]
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("only root can mount a small file system")
+    made = subprocess.run(
+        [*mount, "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"no small file system can be mounted here: {made.stderr.decode()}")
+    try:
+        yield lambda size: subprocess.run(
+            ["mount", "-o", f"remount,size={size}", str(place)], check=True
+        )
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_loses_nothing_and_the_same_command_finishes(
+    saes: Path, tmp_path: Path, run: Run
+) -> None:
+    command = command_for(saes, "a", "b", "c")
+    assert run(*command, "--out", tmp_path / "roomy").status == 0
+    one = (tmp_path / "roomy" / "tokens.parquet").stat().st_size // 3
+    sequences = (tmp_path / "roomy" / "sequences.parquet").stat().st_size
+    with small_disk(tmp_path / "disk", int(2.5 * one + sequences)) as enlarge:
+        out = tmp_path / "disk" / "out"
+
+        # no room for the third SAE, then for the results as a whole
+        finished: dict[Path, bytes] = {}
+        for room, n in ((None, 2), (int(5.5 * one + sequences), 3)):
+            if room is not None:
+                enlarge(room)
+            ran = run(*command, "--out", out)
+            message = ran.error()
+            assert "No space left on device" in message
+            assert str(out) in message
+            assert "nothing that was finished is lost" in message
+            assert not hidden_files(out)
+            assert all(file.read_bytes() == content for file, content in finished.items())
+            finished = {file: file.read_bytes() for file in out.glob("unfinished/*.parquet")}
+            assert len(finished) == n
+            assert not (out / "results.json").exists()
+
+        enlarge(1 << 24)
+        ran = run(*command, "--out", out)
+        assert ran.status == 0, ran.err
+        assert "3 SAEs were finished before, 0 are to do" in ran.out
+        assert loaded(ran) == []
+        assert_same_results(out, tmp_path / "roomy")
+
+
+def test_a_disk_without_room_for_the_activations_is_one_sentence(
+    saes: Path, tmp_path: Path, run: Run
+) -> None:
+    with small_disk(tmp_path / "disk", 1 << 20) as enlarge:
+        out = tmp_path / "disk" / "out"
+        command = [*command_for(saes, "a"), "--memory", "0.001", "--out", out]
+        message = run(*command).error()
+        assert "the activations need" in message
+        assert str(out) in message
+        assert not hidden_files(out)
+        enlarge(1 << 24)
+        assert run(*command).status == 0
+        # the temporary file has vanished and its room is free again
+        assert shutil.disk_usage(tmp_path / "disk").used < 1 << 20
+
+
+# --- the same folder again ---
+
+
+@pytest.fixture
+def finished(saes: Path, tmp_path: Path, run: Run) -> tuple[Path, list[str], Ran]:
+    """A folder with finished results of SAEs that this test may change, and their command."""
+    for name in ("a", "b"):
+        shutil.copytree(saes / name, tmp_path / "saes" / name)
+    command = [*command_for(tmp_path / "saes", "a", "b"), "--out", str(tmp_path / "out")]
+    ran = run(*command)
+    assert ran.status == 0, ran.err
+    return tmp_path / "out", command, ran
+
+
+def table_in(ran: Ran) -> str:
+    return ran.out[ran.out.index("protocol ") :]
+
+
+def test_a_finished_evaluation_is_printed_again_without_the_model(
+    saes: Path, hub: Hub, tmp_path: Path, run: Run
+) -> None:
+    gpt2, text = tmp_path / "gpt2", tmp_path / "text.txt"
+    shutil.copytree(hub.loopback.repo("gpt2"), gpt2)
+    text.write_text("\n".join(hub.texts), encoding="utf-8")
+    sae = save_sae(
+        tmp_path / "sae", "blocks.2.hook_resid_pre", d_in=D_MODEL, model_name="gpt2-small"
+    )
+    command = ["--path", sae, "--model", gpt2, "--dataset", text, "--tokens", 300]
+    first = run(*command, "--out", tmp_path / "out")
+    assert first.status == 0, first.err
+    files = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    shutil.rmtree(gpt2)  # what is not read need not be there
+    text.unlink()
+    again = run(*command, "--out", tmp_path / "out")
+    assert again.status == 0, again.err
+    assert "1 SAEs were finished before, 0 are to do" in again.out
+    assert loaded(again) == []
+    assert table_in(again) == table_in(first)
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == files
+
+
+def test_a_changed_sae_is_evaluated_again_and_only_that(
+    finished: tuple[Path, list[str], Ran], run: Run
+) -> None:
+    out, command, _ = finished
+    before = AFAResults.load(out)
+    save_sae(out.parent / "saes" / "b", "blocks.2.hook_resid_pre", seed=99)
+    ran = run(*command)
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == ["b"]
+    after = AFAResults.load(out)
+    assert list(after.summary.index) == ["a", "b"]
+    assert len(after.tokens) == len(before.tokens)
+    pd.testing.assert_series_equal(after.summary.loc["a"], before.summary.loc["a"])
+    assert after.summary.loc["b", "norm_f_median"] != before.summary.loc["b", "norm_f_median"]
+
+
+def test_one_more_sae_leaves_the_others_as_they_are(
+    saes: Path, finished: tuple[Path, list[str], Ran], tmp_path: Path, run: Run
+) -> None:
+    out, command, _ = finished
+    ran = run(*command, "--path", saes / "c")
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == ["c"]
+    assert run(*command_for(saes, "a", "b", "c"), "--out", tmp_path / "at once").status == 0
+    assert_same_results(out, tmp_path / "at once")
+
+
+def test_a_part_of_the_saes_again_keeps_the_others(
+    saes: Path, finished: tuple[Path, list[str], Ran], run: Run
+) -> None:
+    out, _, _ = finished
+    ran = run(*command_for(saes, "b"), "--out", out)
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == []
+    assert sorted(AFAResults.load(out).summary.index) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--tokens", "300"], "n_tokens was 2000 and is 300"),
+        (["--context-size", "64"], "context_size was 128 and is 64"),
+        (["--keep-special-tokens"], "exclude_special_tokens was True and is False"),
+        (["--dataset", "somebody/text"], "dataset was 'embedded' and is 'somebody/text'"),
+        (["--model", "gpt2"], "model was 'sae-afa-demo' and is 'gpt2'"),
+        (["--core"], "core_tokens was 0 and is 8192"),
+        (["--protocol", "paper"], "positions was 'all' and is 'last'"),
+    ],
+)
+def test_a_folder_keeps_to_its_settings(
+    saes: Path, left: Path, uninterrupted: Path, run: Run, flags: list[str], said: str
+) -> None:
+    for folder in (left, uninterrupted):  # begun, and finished
+        files = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        message = run(*command_for(saes, *KILL_ORDER), *flags, "--out", folder).error()
+        assert said in message
+        assert str(folder) in message
+        assert {f: f.read_bytes() for f in folder.rglob("*") if f.is_file()} == files
+
+
+def test_a_dataset_that_has_changed_is_refused(saes: Path, tmp_path: Path, run: Run) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    command = ["--model", "sae-afa-demo", "--dataset", text, "--tokens", 200, "--out", out]
+    texts = standard_library_texts("heldout")
+    text.write_text(texts[0] + texts[1], encoding="utf-8")
+    assert run("--path", saes / "a", *command).status == 0
+    before = AFAResults.load(out)
+    text.write_text(texts[2] + texts[3], encoding="utf-8")
+    message = run("--path", saes / "a", "--path", saes / "b", *command).error()
+    assert "the dataset gives other tokens" in message
+    pd.testing.assert_frame_equal(AFAResults.load(out).tokens, before.tokens)
+
+
+@pytest.mark.parametrize("file", ["results.json", "tokens.parquet", "sequences.parquet"])
+def test_damaged_results_are_named(
+    finished: tuple[Path, list[str], Ran], run: Run, file: str
+) -> None:
+    out, command, _ = finished
+    truncate(out / file)
+    message = run(*command).error()
+    assert str(out) in message
+    assert "elete" in message  # what to do about it
+
+
+# --- what cannot be evaluated ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        pytest.param(
+            ["gpt2-small-res-jbb"],
+            ["no release 'gpt2-small-res-jbb'", "did you mean", f"'{RELEASE}'"],
+            id="unknown release",
+        ),
+        pytest.param(
+            [RELEASE, "--sae-id", "blocks.3.hook_resid_prr"],
+            [f"release '{RELEASE}' has no SAE 'blocks.3.hook_resid_prr'", "blocks.3.hook_resid_pr"],
+            id="unknown id",
+        ),
+        pytest.param(
+            [RELEASE, "--sae-id", "blocks.0.*", "--sae-id", "layer*"],
+            ["no SAE 'layer*'", "blocks.0.hook_resid_pre"],
+            id="a pattern that fits nothing",
+        ),
+        pytest.param([], ["name a release, or a folder with --path"], id="nothing named"),
+        pytest.param(["--sae-id", "x"], ["name the release first"], id="an id of no release"),
+    ],
+)
+def test_names_that_are_not_known(
+    tmp_path: Path, run: Run, arguments: list[str], parts: list[str]
+) -> None:
+    message = run(*arguments, "--out", tmp_path / "out").error()
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite_config(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
+    (folder / "cfg.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return folder
+
+
+def rewrite_weights(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Path:
+    save_file(change(load_file(folder / "sae_weights.safetensors")), folder / "weights")
+    (folder / "weights").rename(folder / "sae_weights.safetensors")
+    return folder
+
+
+HOOK = "blocks.2.hook_resid_pre"
+BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
+    "another width": (
+        lambda folder: save_sae(folder, HOOK, d_in=64),
+        [HOOK, "width 192", "d_in=64"],
+    ),
+    "no such hook": (
+        lambda folder: save_sae(folder, "blocks.2.hook_resid_prr"),
+        ["no hook 'blocks.2.hook_resid_prr'", f"did you mean '{HOOK}'"],
+    ),
+    "a layer too many": (
+        lambda folder: save_sae(folder, "blocks.70.hook_resid_pre"),
+        ["no hook 'blocks.70.hook_resid_pre'"],
+    ),
+    "no hook name": (lambda folder: save_sae(folder, ""), ["hook_name"]),
+    "weights cut off": (
+        lambda folder: truncate(save_sae(folder, HOOK) / "sae_weights.safetensors"),
+        ["sae' cannot be read", "damaged or incomplete"],
+    ),
+    "weights empty": (
+        lambda folder: (save_sae(folder, HOOK) / "sae_weights.safetensors").write_bytes(b""),
+        ["sae' cannot be read", "damaged or incomplete"],
+    ),
+    "a tensor missing": (
+        lambda folder: rewrite_weights(
+            save_sae(folder, HOOK), lambda w: {k: v for k, v in w.items() if k != "W_dec"}
+        ),
+        ["W_dec"],
+    ),
+    "a tensor of another shape": (
+        lambda folder: rewrite_weights(
+            save_sae(folder, HOOK), lambda w: {**w, "W_dec": torch.zeros(65, 192)}
+        ),
+        ["W_dec"],
+    ),
+    "not a number": (
+        lambda folder: rewrite_weights(
+            save_sae(folder, HOOK), lambda w: {**w, "W_enc": w["W_enc"] * torch.nan}
+        ),
+        ["not finite"],
+    ),
+    "config cut off": (
+        lambda folder: truncate(save_sae(folder, HOOK) / "cfg.json"),
+        ["cfg.json"],
+    ),
+    "config of an unknown architecture": (
+        lambda folder: rewrite_config(save_sae(folder, HOOK), architecture="standerd"),
+        ["standerd"],
+    ),
+    "config without a width": (
+        lambda folder: (save_sae(folder, HOOK) / "cfg.json").write_text("{}", encoding="utf-8"),
+        ["cfg.json"],
+    ),
+    "unknown scaling": (
+        lambda folder: rewrite_config(
+            save_sae(folder, HOOK), normalize_activations="expected_average_only_in"
+        ),
+        ["expected_average_only_in", "no norm_scaling_factor is known"],
+    ),
+    "no weights": (
+        lambda folder: (save_sae(folder, HOOK) / "sae_weights.safetensors").unlink(),
+        ["sae' holds no SAE", "no sae_weights.safetensors"],
+    ),
+    "an empty folder": (lambda folder: folder.mkdir(), ["sae' holds no SAE", "no cfg.json"]),
+    "no folder": (lambda folder: None, ["sae' holds no SAE", "no cfg.json"]),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_an_sae_that_cannot_be_evaluated(tmp_path: Path, run: Run, kind: str) -> None:
+    make, parts = BROKEN[kind]
+    make(tmp_path / "sae")
+    ran = run(*EMBEDDED, "--path", tmp_path / "sae", "--out", tmp_path / "out")
+    message = ran.error()
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not hidden_files(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["another width", "weights cut off", "config cut off"])
+def test_one_of_several_that_cannot_be_evaluated_is_status_1(
+    saes: Path, tmp_path: Path, run: Run, kind: str
+) -> None:
+    make, parts = BROKEN[kind]
+    make(tmp_path / "sae")
+    paths = ("--path", saes / "a", "--path", tmp_path / "sae", "--path", saes / "b")
+    ran = run(*EMBEDDED, *paths, "--out", tmp_path / "out")
+    assert ran.status == 1, ran.err
+    assert "Traceback" not in ran.out + ran.err
+    said = table_in(ran)
+    (line,) = [line for line in said.splitlines() if line.startswith("sae was not evaluated: ")]
+    for part in parts:
+        # long lines are wrapped
+        assert part in " ".join(said[said.index(line) :].split())
+    results = AFAResults.load(tmp_path / "out")
+    assert list(results.summary.index) == ["a", "b"]
+    assert list(results.metadata["refused"]) == ["sae"]
+
+    # mended, it is the only one that is done
+    shutil.rmtree(tmp_path / "sae")
+    save_sae(tmp_path / "sae", HOOK)
+    ran = run(*EMBEDDED, *paths, "--out", tmp_path / "out")
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == ["sae"]
+    results = AFAResults.load(tmp_path / "out")
+    assert list(results.summary.index) == ["a", "sae", "b"]
+    assert results.metadata["refused"] == {}
+
+
+def test_folders_of_one_name_are_told_apart(tmp_path: Path, run: Run) -> None:
+    for i in (1, 2):
+        save_sae(tmp_path / f"run{i}" / "sae", HOOK, seed=i)
+    paths = [tmp_path / f"run{i}" / "sae" for i in (1, 2)]
+    ran = run(*EMBEDDED, "--path", paths[0], "--path", paths[1], "--out", tmp_path / "out")
+    assert ran.status == 0, ran.err
+    assert list(AFAResults.load(tmp_path / "out").summary.index) == list(map(str, paths))
+
+
+def test_saes_of_two_models_are_refused_unless_the_model_is_passed(
+    saes: Path, tmp_path: Path, run: Run
+) -> None:
+    save_sae(tmp_path / "other", HOOK, model_name="gpt2-small")
+    paths = ["--path", saes / "a", "--path", tmp_path / "other"]
+    rest = ["--dataset", "embedded", "--tokens", 100, "--out", tmp_path / "out"]
+    message = run(*paths, *rest).error()
+    assert "'a' belongs to sae-afa-demo, but 'other' to gpt2-small" in message
+    assert "or pass the model" in message
+    ran = run(*paths, "--model", "sae-afa-demo", *rest)  # as it says
+    assert ran.status == 0, ran.err
+
+
+def test_an_sae_that_names_no_model_is_refused_unless_the_model_is_passed(
+    saes: Path, tmp_path: Path, run: Run
+) -> None:
+    save_sae(tmp_path / "nameless", HOOK, model_name=None)
+    command = ["--path", tmp_path / "nameless", "--dataset", "embedded", "--tokens", 100]
+    message = run(*command, "--out", tmp_path / "out").error()
+    assert "'nameless' names no model: pass the model" in message
+    ran = run(*command, "--model", "sae-afa-demo", "--out", tmp_path / "out")
+    assert ran.status == 0, ran.err
+
+
+def write_rows(rows: list[dict[str, Any]]) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        file = folder / "data.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+        return file
+
+    return write
+
+
+def write_file(name: str, content: bytes) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return write
+
+
+def empty_dataset(folder: Path) -> Path:
+    Dataset.from_dict({"text": []}).save_to_disk(folder / "data")
+    return folder / "data"
+
+
+def folder_without_data(folder: Path) -> Path:
+    (folder / "data").mkdir()
+    return folder / "data"
+
+
+DATASETS: dict[str, tuple[Callable[[Path], Path], list[str]]] = {
+    "neither text nor tokens": (
+        write_rows([{"body": "x", "title": "y"}]),
+        ["data.jsonl' has neither tokens nor text", "['body', 'title']", "'text'"],
+    ),
+    "text too short": (
+        write_rows([{"text": "Hello."}]),
+        ["no token is left to evaluate", "0 sequences of 128"],
+    ),
+    "only special tokens": (
+        write_rows([{"tokens": [BOS] * 128}] * 3),
+        ["no token is left to evaluate", "3 sequences of 128", "384 of the tokens", "special"],
+    ),
+    "tokens too short": (
+        write_rows([{"tokens": [5] * 100}]),
+        ["'tokens' has a sequence of 100 tokens", "context_size=128"],
+    ),
+    "empty dataset": (empty_dataset, ["data' is empty"]),
+    "empty text file": (write_file("data.txt", b""), ["data.txt"]),
+    "empty jsonl file": (write_file("data.jsonl", b""), ["data.jsonl"]),
+    "damaged jsonl file": (write_file("data.jsonl", b'{"text": "a"}\n{"te'), ["data.jsonl"]),
+    "damaged parquet file": (write_file("data.parquet", b"PAR1 no"), ["data.parquet"]),
+    "damaged text file": (write_file("data.txt", b"\xff\xfe\xff"), ["data.txt"]),
+    "file of no known kind": (write_file("data.doc", b"x"), ["data.doc' is of no known kind"]),
+    "folder without data": (folder_without_data, ["data"]),
+}
+
+
+@pytest.mark.parametrize("kind", DATASETS)
+def test_a_dataset_that_cannot_be_read(saes: Path, tmp_path: Path, run: Run, kind: str) -> None:
+    make, parts = DATASETS[kind]
+    sae = ["--path", saes / "a", "--model", "sae-afa-demo", "--tokens", 100]
+    message = run(*sae, "--dataset", make(tmp_path), "--out", tmp_path / "out").error()
+    for part in parts:
+        assert part in message
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--tokens", "0"], ["n_tokens must be at least 1"]),
+        (["--context-size", "-3"], ["context_size must be at least 1"]),
+        (["--context-size", "1000"], ["context_size is 1000", "256 tokens at most"]),
+        (["--model", "gpt-2-smal"], ["no model 'gpt-2-smal'", "did you mean"]),
+        (["--device", "gpu"], ["gpu"]),
+        (["--split", "test"], ["test"]),
+    ],
+)
+def test_arguments_that_cannot_work(
+    saes: Path, tmp_path: Path, run: Run, arguments: list[str], parts: list[str]
+) -> None:
+    data = Dataset.from_dict({"text": standard_library_texts("heldout")[:3]})
+    from datasets import DatasetDict
+
+    DatasetDict({"train": data}).save_to_disk(tmp_path / "data")
+    command = command_for(saes, "a")
+    command[command.index("embedded")] = str(tmp_path / "data")
+    message = run(*command, *arguments, "--out", tmp_path / "out").error()
+    for part in parts:
+        assert part in message
+
+
+def test_a_folder_for_results_that_cannot_be_made(saes: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    message = run(*command_for(saes, "a"), "--out", tmp_path / "file" / "out").error()
+    assert str(tmp_path / "file") in message
