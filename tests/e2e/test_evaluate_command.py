@@ -185,7 +185,7 @@ class Ran(NamedTuple):
 
 
 SESSION = """
-import contextlib, io, json, os
+import contextlib, io, json, os, traceback
 from sae_afa_plugin import cli
 
 os.environ["COLUMNS"] = "220"
@@ -194,7 +194,11 @@ for argv in json.loads({commands!r}):
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
     ):
-        status = cli.main(["evaluate", *argv])
+        try:
+            status = cli.main(["evaluate", *argv])
+        except Exception:  # as the command itself would end; the others go on
+            status = 1
+            traceback.print_exc()
     print("ran", json.dumps([status, out.getvalue(), err.getvalue()]))
 """
 
@@ -564,7 +568,7 @@ def truncate(file: Path) -> None:
 
 
 def hidden_files(folder: Path) -> list[Path]:
-    return [place for place in folder.rglob(".*")]
+    return list(folder.rglob(".*"))
 
 
 def loaded(ran: Ran) -> list[str]:
