@@ -119,17 +119,39 @@ def token_metrics(
         >>> round(m.interference.item(), 4), round(m.epsilon_lbo.item(), 4), m.l0.item()
         (0.5, 0.4, 2)
     """
+    l1 = torch.linalg.vector_norm(f_unit, ord=1, dim=-1, dtype=torch.float64)
+    l0 = f_unit.count_nonzero(dim=-1) if l0 is None else l0
+    squared_f = norm_along_last(f_unit).double().square()
+    return metrics_from_sums(z, recons_centered, b, l0, l1, squared_f, f_unit.shape[-1])
+
+
+def metrics_from_sums(
+    z: Tensor,
+    recons_centered: Tensor,
+    b: Tensor,
+    l0: Tensor,
+    l1: Tensor,
+    squared_f: Tensor,
+    d_sae: int,
+) -> AFATokenMetrics:
+    """The same where only sums over the features are at hand.
+
+    Args:
+        z: As for :func:`token_metrics` ``[..., d]``.
+        recons_centered: As there ``[..., d]``.
+        b: As there ``[d]``.
+        l0: Number of active features ``[...]``.
+        l1: Sum of ``|f_i| ||d_i||``, float64 ``[...]``.
+        squared_f: Sum of ``(f_i ||d_i||)^2``, float64 ``[...]``.
+        d_sae: Number of features.
+    """
     dtype = torch.promote_types(z.dtype, torch.float32)
     z, recons_centered, b = z.to(dtype), recons_centered.to(dtype), b.to(dtype)
     z_centered = z - b
-    d_sae = f_unit.shape[-1]
-    l0 = f_unit.count_nonzero(dim=-1) if l0 is None else l0
     norm_z = norm_along_last(z)
-    norm_f_centered = norm_along_last(f_unit)
     norm_recons = norm_along_last(recons_centered).double()
-    l1 = torch.linalg.vector_norm(f_unit, ord=1, dim=-1, dtype=dtype).double()
-    squared_f = norm_f_centered.double().square()
     norm_f = (squared_f + b.double().square().sum()).sqrt().to(dtype)
+    norm_f_centered = squared_f.sqrt().to(dtype)
 
     pairs = l1.square() - squared_f
     # one active direction, or others that are lost beside it in this precision

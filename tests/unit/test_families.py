@@ -29,6 +29,13 @@ from sae_afa_plugin import (
 )
 from sae_afa_plugin.families import AFAReader, afa_token_metrics, why_not
 
+
+@pytest.fixture(params=[-1.0, 1.0], ids=["dense", "sparse"], autouse=True)
+def both_paths(request, monkeypatch):
+    """Every test reads the metric from the whole matrix, and from its active features alone."""
+    monkeypatch.setattr("sae_afa_plugin.families._SPARSE_BELOW", request.param)
+
+
 D_IN, D_OUT, D_SAE, HEADS = 12, 9, 40, 3
 TOLERANCES = {"float32": {"rtol": 3e-4, "atol": 1e-4}, "float64": {"rtol": 1e-9, "atol": 1e-10}}
 NORMS = ("norm_z", "norm_f", "norm_z_centered", "norm_f_centered")
