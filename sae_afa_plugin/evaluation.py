@@ -209,7 +209,9 @@ def evaluate_sources(
         )
         for source in tqdm(fitting, desc="SAEs", unit="SAE", disable=not how.progress):
             try:
-                one = _evaluate(source, activations, sample, model, which, how, say)
+                one = _evaluate(
+                    source, activations, sample, model, which, how, say, keep=folder is not None
+                )
             except (ValueError, OSError) as error:
                 # the others go on, and what this one needs may be mended before the next run
                 refused[source.name] = " ".join(str(error).split())
@@ -388,7 +390,10 @@ def _evaluate(
     which: Protocol,
     how: Evaluation,
     say: Callable[[str], None],
+    keep: bool,
 ) -> FinishedSAE:
+    # hashing the weights takes seconds, and before loading: a file may change meanwhile
+    fingerprint = source.fingerprint() if keep else ""
     sae = source.load(str(how.device or next(model.parameters()).device), how.dtype)
     cfg, metadata = sae.cfg, sae.cfg.metadata.to_dict()
     hooks = " to ".join(filter(None, (metadata["hook_name"], metadata.get("hook_name_out"))))
@@ -453,7 +458,7 @@ def _evaluate(
                 how.batch_size_prompts,
             )
         )
-    return FinishedSAE(source.name, source.fingerprint(), summary, table)
+    return FinishedSAE(source.name, fingerprint, summary, table)
 
 
 def _pairs(
@@ -526,6 +531,6 @@ def _assemble(
                 },
             },
             "refused": refused,
-            "fingerprints": {one.name: one.fingerprint for one in finished},
+            "fingerprints": {one.name: one.fingerprint for one in finished if one.fingerprint},
         },
     )
