@@ -211,8 +211,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     console.print(
         results_table(
             results,
-            f"{settings['dataset']}, {results.summary['tokens'].max():,} tokens, "
+            title=f"{settings['dataset']}, {results.summary['tokens'].max():,} tokens, "
             f"protocol {args.protocol} (medians over tokens; L0 and shares are means)",
+            width=console.width,
         )
     )
     for name, reason in results.metadata["refused"].items():
@@ -240,6 +241,7 @@ def _demo(model: str, out: Path) -> None:
             results,
             f"{DEMOS[model].model_name}, {setup.hook_name}, "
             f"{setup.training_tokens:,} training tokens, {setup.heldout_tokens:,} held out",
+            width=console.width,
         )
     )
     if model == "embedded":

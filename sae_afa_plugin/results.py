@@ -24,6 +24,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 SCHEMA_VERSION = 1
@@ -120,48 +122,65 @@ class AFAResults:
         return cls(summary, tokens, sequences, metadata)
 
     def __str__(self) -> str:
-        return self.summary[list(_SHOWN.intersection_of(self.summary))].to_string()
+        return self.summary[[c for c in _SHOWN if _is_known(self.summary, c)]].to_string()
 
 
-class _Columns(dict[str, str]):
-    """Columns of the summary with the headings they are shown under."""
-
-    def intersection_of(self, summary: pd.DataFrame) -> list[str]:
-        return [name for name in self if name in summary and summary[name].notna().any()]
-
-
-_SHOWN = _Columns(
-    l0_mean="L0",
-    catalogue_l0="L0 (catalogue)",
-    nmse_median="NMSE",
-    norm_z_median="||z||",
-    norm_f_median="||f||",
-    norm_ratio_median="||f||/||z||",
-    over_activated="over-activated",
-    epsilon_lbo_median="ε LBO",
-    interference_median="interference",
-    max_abs_cos="coherence",
-    dead_features="dead",
-    core_ce_loss_score="CE recovered",
-    training_seconds="training s",
+# columns of the summary that are shown in a terminal, with their headings
+_SHOWN = {
+    "l0_mean": "L0",
+    "catalogue_l0": "L0 in the\ncatalogue",
+    "nmse_median": "NMSE",
+    "core_ce_loss_score": "CE\nrecovered",
+    "norm_z_median": "||z||",
+    "norm_f_median": "||f||",
+    "norm_ratio_median": "||f||/||z||",
+    "over_activated": "over-\nactivated",
+    "epsilon_lbo_median": "ε LBO",
+    "interference_median": "inter-\nference",
+    "max_abs_cos": "cohe-\nrence",
+    "dead_features": "dead",
+    "training_seconds": "training\nseconds",
+}
+# where the terminal is narrow, the first of these go first
+_LESS_NEEDED = (
+    "norm_z_median",
+    "norm_f_median",
+    "training_seconds",
+    "max_abs_cos",
+    "dead_features",
+    "epsilon_lbo_median",
+    "catalogue_l0",
 )
 
 
-def results_table(results: AFAResults, title: str = "") -> Table:
+def _is_known(summary: pd.DataFrame, column: str) -> bool:
+    return column in summary and bool(summary[column].notna().any())
+
+
+def results_table(results: AFAResults, title: str = "", width: int | None = None) -> Table:
     """The summary as a table for the terminal: medians over tokens, L0 and shares as means.
 
     Args:
         results: What to show.
         title: Above the table.
+        width: Characters in a line. Columns that do not fit are left out; ``summary.csv`` has
+            them all.
     """
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("SAE", overflow="fold")
-    columns = _SHOWN.intersection_of(results.summary)
-    for column in columns:
-        table.add_column(_SHOWN[column], justify="right")
-    for name, row in results.summary.iterrows():
-        table.add_row(str(name), *(_shown(column, row[column]) for column in columns))
-    return table
+    columns = [column for column in _SHOWN if _is_known(results.summary, column)]
+    less_needed = [column for column in _LESS_NEEDED if column in columns]
+    while True:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("SAE", no_wrap=True)
+        for column in columns:
+            table.add_column(_SHOWN[column], justify="right", no_wrap=True, vertical="bottom")
+        for name, row in results.summary.iterrows():
+            table.add_row(str(name), *(_shown(column, row[column]) for column in columns))
+        table.title = None  # it may wrap, and must not count here
+        fits = width is None or Console(width=10_000).measure(table).minimum <= width
+        table.title = title
+        if fits or not less_needed:
+            return table
+        columns.remove(less_needed.pop(0))
 
 
 def _shown(column: str, value: Any) -> str:
@@ -175,7 +194,7 @@ def _shown(column: str, value: Any) -> str:
         return f"{value:.2e}"
     if column in ("l0_mean", "catalogue_l0", "training_seconds"):
         return f"{value:.1f}"
-    return f"{value:.4g}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
 
 
 # --- writing ---
