@@ -9,7 +9,7 @@ of a stated budget: the activations (beyond it they lie in a temporary file) and
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
@@ -67,6 +67,11 @@ class Evaluation:
     core: bool = False
     core_tokens: int = 8192
     progress: bool = True
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bars."""
+        if self.progress:
+            tqdm.write(line)
 
 
 def evaluate_release(
@@ -156,7 +161,7 @@ def evaluate_sources(
     which, how = _options(protocol, fields)
     if dataset is None:
         dataset = _DATASETS["paper" if protocol == "paper" else "default"]
-    say: Callable[[str], None] = tqdm.write if how.progress else lambda line: None
+    say = how.say
 
     configs, refused = _readable(sources)
     if not configs:
@@ -185,40 +190,20 @@ def evaluate_sources(
         say(f"{len(done)} SAEs were finished before, {len(missing)} are to do")
 
     if missing or folder is None:
-        model = _loaded(model, missing, configs, how, which)
-        sample = sample_tokens(model, dataset, which, dataset_config, split, how.progress)
-        if sample.n_tokens < which.n_tokens:
-            say(f"the dataset has {sample.n_tokens:,} tokens, not {which.n_tokens:,}")
-        sequences = _sequences_table(sample, model)
-        if folder is not None:
-            folder.keep_sequences(sequences)
-        fitting = _fitting(missing, configs, model, refused)
-        activations = RecordedActivations(
-            model,
-            sample,
-            {
-                hook
-                for source in fitting
-                for suffix in _ENDS
-                if (hook := hook_in(model, configs[source.name]["metadata"], suffix)) is not None
-            },
-            how.batch_size_prompts,
-            how.memory_budget,
-            scratch=None if folder is None else folder.folder,
-            progress=how.progress,
-        )
-        for source in tqdm(fitting, desc="SAEs", unit="SAE", disable=not how.progress):
-            try:
-                one = _evaluate(
-                    source, activations, sample, model, which, how, say, keep=folder is not None
-                )
-            except (ValueError, OSError) as error:
-                # the others go on, and what this one needs may be mended before the next run
-                refused[source.name] = " ".join(str(error).split())
-                continue
+        try:
+            model = _loaded(model, missing, configs, how, which)
+            sample = sample_tokens(model, dataset, which, dataset_config, split, how.progress)
+            if sample.n_tokens < which.n_tokens:
+                say(f"the dataset has {sample.n_tokens:,} tokens, not {which.n_tokens:,}")
+            sequences = _sequences_table(sample, model)
             if folder is not None:
-                folder.add(one)
-            done[source.name] = one
+                folder.begin(sequences)
+            fitting = _fitting(missing, configs, model, refused)
+            for one in _evaluate_all(fitting, configs, sample, model, which, how, folder, refused):
+                done[one.name] = one
+        finally:
+            if folder is not None:
+                folder.leave()
     else:
         sequences = folder.sequences()
     for name, reason in refused.items():
@@ -339,12 +324,12 @@ def _loaded(
     if model is None or isinstance(model, str | Path):
         device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
         metadata = {s.name: configs[s.name]["metadata"] for s in missing}
-        if model is not None:  # it stands in for the one that metadata may not name
-            metadata = {name: {"model_name": str(model), **d} for name, d in metadata.items()}
+        if model is not None:  # it stands in for the one that the metadata name, or do not
+            metadata = {name: {**d, "model_name": str(model)} for name, d in metadata.items()}
         hooks = {
             name
             for data in metadata.values()
-            for suffix in ("", "_out")
+            for suffix in _ENDS
             if (name := data.get(f"hf_hook_name{suffix}") or data.get(f"hook_name{suffix}"))
         }
         model = load_language_model(model, shared_model(metadata), sorted(hooks), device)
@@ -379,7 +364,45 @@ def _fitting(
     return fitting
 
 
-# --- one SAE ---
+# --- the SAEs ---
+
+
+def _evaluate_all(
+    sources: Sequence[SAESource],
+    configs: Mapping[str, Mapping[str, Any]],
+    sample: TokenSample,
+    model: Any,
+    which: Protocol,
+    how: Evaluation,
+    folder: ResultsFolder | None,
+    refused: dict[str, str],
+) -> Iterator[FinishedSAE]:
+    """One pass of the model, then each SAE; each is kept in the folder before it is given."""
+    hooks = {
+        hook
+        for source in sources
+        for suffix in _ENDS
+        if (hook := hook_in(model, configs[source.name]["metadata"], suffix)) is not None
+    }
+    activations = RecordedActivations(
+        model,
+        sample,
+        hooks,
+        how.batch_size_prompts,
+        how.memory_budget,
+        scratch=None if folder is None else folder.folder,
+        progress=how.progress,
+    )
+    for source in tqdm(sources, desc="SAEs", unit="SAE", disable=not how.progress):
+        try:
+            one = _evaluate(source, activations, sample, model, which, how, keep=folder is not None)
+        except (ValueError, OSError) as error:
+            # the others go on, and what this one needs may be mended before the next run
+            refused[source.name] = " ".join(str(error).split())
+            continue
+        if folder is not None:
+            folder.add(one)
+        yield one
 
 
 def _evaluate(
@@ -389,7 +412,6 @@ def _evaluate(
     model: Any,
     which: Protocol,
     how: Evaluation,
-    say: Callable[[str], None],
     keep: bool,
 ) -> FinishedSAE:
     # hashing the weights takes seconds, and before loading: a file may change meanwhile
@@ -397,7 +419,7 @@ def _evaluate(
     sae = source.load(str(how.device or next(model.parameters()).device), how.dtype)
     cfg, metadata = sae.cfg, sae.cfg.metadata.to_dict()
     hooks = " to ".join(filter(None, (metadata["hook_name"], metadata.get("hook_name_out"))))
-    say(
+    how.say(
         f"{source.name}: {cfg.architecture()}, {cfg.d_sae:,} features of width {cfg.d_in:,}, "
         f"{hooks}, normalize_activations {cfg.normalize_activations}, {cfg.dtype}"
     )
@@ -441,7 +463,7 @@ def _evaluate(
     }
     l0 = summary["l0_mean"]
     if source.catalogue_l0 and not 0.5 < l0 / source.catalogue_l0 < 2:
-        say(
+        how.say(
             f"{source.name}: L0 is {l0:.1f}, but the catalogue says {source.catalogue_l0:g}: is "
             "this the model, and are these the tokens, that the SAE was made for?"
         )

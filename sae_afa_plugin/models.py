@@ -113,7 +113,7 @@ def _from_folder(
         )
     if kwargs:
         raise ValueError(
-            f"the SAEs need {wanted['model_name']} loaded with {kwargs}, which is not possible "
+            f"the SAEs need their model loaded with {kwargs}, which is not possible "
             f"for the folder {str(folder)!r}: load the model yourself and pass the object"
         )
     from transformer_lens.model_bridge import TransformerBridge

@@ -202,7 +202,7 @@ def _shown(column: str, value: Any) -> str:
 
 def _write(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is complete or not there, whatever happens."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
     try:
         write(partial)
         with partial.open("rb+") as file:
@@ -260,11 +260,13 @@ class ResultsFolder:
         self.folder = folder
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         self._unfinished = folder / _UNFINISHED
-        for place in (folder / RESULTS_FILENAME, self._unfinished / _SETTINGS_FILENAME):
-            if place.is_file():
-                self._check(place)
-        self._unfinished.mkdir(parents=True, exist_ok=True)
-        _write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
+        if (folder / RESULTS_FILENAME).is_file():
+            self._check(folder / RESULTS_FILENAME)
+        elif self._single_files():
+            self._check(self._unfinished / _SETTINGS_FILENAME)
+
+    def _single_files(self) -> list[Path]:
+        return sorted(self._unfinished.glob("*.parquet"))
 
     def _check(self, place: Path) -> None:
         try:
@@ -294,7 +296,7 @@ class ResultsFolder:
                 tokens = results.tokens.loc[results.tokens["sae"] == name]
                 summary = {str(k): v for k, v in results.summary.loc[name].to_dict().items()}
                 done[name] = FinishedSAE(name, fingerprint, summary, tokens)
-        for file in sorted(self._unfinished.glob("*.parquet")):
+        for file in self._single_files():
             try:
                 table = pq.read_table(file)
                 about = json.loads((table.schema.metadata or {})[b"sae_afa"])
@@ -309,21 +311,36 @@ class ResultsFolder:
         """The tokens that the SAEs of this folder were evaluated on."""
         return pd.read_parquet(self.folder / SEQUENCES_FILENAME, engine="pyarrow")
 
-    def keep_sequences(self, sequences: pd.DataFrame) -> None:
+    def begin(self, sequences: pd.DataFrame) -> None:
         """Remember the tokens, or make sure that they are those of the SAEs finished before.
+
+        Args:
+            sequences: As in :class:`AFAResults`.
 
         Raises:
             ValueError: If they are others.
         """
         place = self.folder / SEQUENCES_FILENAME
-        if place.is_file():
+        if self._single_files() or (self.folder / RESULTS_FILENAME).is_file():
             before = self.sequences()["token_id"].to_numpy()
             if not np.array_equal(before, sequences["token_id"].to_numpy()):
                 raise ValueError(
                     f"the dataset gives other tokens than those that {str(self.folder)!r} was "
                     "made with: use another folder, or delete this one"
                 )
+        self._unfinished.mkdir(parents=True, exist_ok=True)
+        _write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
         _write(place, lambda path: sequences.to_parquet(path, engine="pyarrow", index=False))
+
+    def leave(self) -> None:
+        """Leave nothing behind where nothing was finished."""
+        if self._single_files():
+            return
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        if self.folder.is_dir() and not (self.folder / RESULTS_FILENAME).is_file():
+            (self.folder / SEQUENCES_FILENAME).unlink(missing_ok=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def add(self, one: FinishedSAE) -> None:
         """Keep one SAE's results for good."""

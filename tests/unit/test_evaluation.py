@@ -287,7 +287,9 @@ def test_a_folder_that_cannot_be_processed_as_needed(tmp_path):
                     num_attention_heads=2, num_key_value_heads=2)
     ).save_pretrained(tmp_path)  # fmt: skip
     sae = standard(model_from_pretrained_kwargs={"center_writing_weights": True})
-    with pytest.raises(ValueError, match=r"need tiny loaded with \{'center_writing_weights': True"):
+    with pytest.raises(
+        ValueError, match=r"need their model loaded with \{'center_writing_weights': True"
+    ):
         evaluate_saes({"sae": sae}, tmp_path, "embedded", progress=False)
 
 
@@ -443,6 +445,28 @@ def test_other_settings_or_other_tokens_in_the_same_folder_are_refused(model, to
     with pytest.raises(ValueError, match="the dataset gives other tokens"):
         evaluate(saes, model, tokens.flip(0), out=tmp_path)
     assert list(AFAResults.load(tmp_path).summary.index) == ["a"]
+
+
+def test_a_mistake_leaves_nothing_that_stands_in_the_way(model, tokens, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="cannot be evaluated"):
+        evaluate({"a": standard(d_in=20)}, model, tokens, out=out, n_tokens=30)
+    with pytest.raises(ValueError, match="no token is left"):
+        evaluate({"a": standard()}, model, tokens, out=out, exclude_special_tokens=range(50))
+    assert not out.exists()
+    assert len(evaluate({"a": standard()}, model, tokens, out=out, n_tokens=20).tokens) == 20
+    evaluate({"a": standard(), "b": standard(d_in=20)}, model, tokens, out=out, n_tokens=20)
+    assert not (out / "unfinished").exists()
+    assert list(AFAResults.load(out).summary.index) == ["a"]
+
+
+def test_a_model_by_name_stands_in_for_the_one_in_the_metadata():
+    saes = {}
+    for name in ("gpt2", None):
+        sae = StandardSAE(StandardSAEConfig(d_in=192, d_sae=40))
+        saes[str(name)] = uneven(sae, "blocks.1.hook_resid_pre", model_name=name)
+    results = evaluate_saes(saes, "sae-afa-demo", "embedded", n_tokens=50, progress=False)
+    assert len(results.summary) == 2
 
 
 @pytest.mark.parametrize(
