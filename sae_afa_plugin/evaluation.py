@@ -323,6 +323,10 @@ def _loaded(
 ) -> Any:
     if model is None or isinstance(model, str | Path):
         device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+            raise ValueError(f"device {device!r} cannot be used ({error})") from error
         metadata = {s.name: configs[s.name]["metadata"] for s in missing}
         if model is not None:  # it stands in for the one that the metadata name, or do not
             metadata = {name: {**d, "model_name": str(model)} for name, d in metadata.items()}
@@ -429,15 +433,14 @@ def _evaluate(
     reader = AFAReader(sae)
     size = min(_MOST_AT_ONCE, max(1, how.memory_budget // (_MATRICES * 4 * cfg.d_sae)))
     columns = TokenColumns()
-    bar = tqdm(
+    with tqdm(
         total=sample.n_tokens, desc=source.name, unit="tok", leave=False, disable=not how.progress
-    )
-    for x, x_out in _pairs(activations, model, metadata, size):
-        if bar.n == 0:
-            reader.check_decoder(x[:8])
-        columns.add(reader(x, x_out))
-        bar.update(len(x))
-    bar.close()
+    ) as bar:
+        for x, x_out in _pairs(activations, model, metadata, size):
+            if len(columns) == 0:
+                reader.check_decoder(x[:8])
+            columns.add(reader(x, x_out))
+            bar.update(len(x))
     table = columns.frame()
     finite = is_finite(table)
     if not finite.any():

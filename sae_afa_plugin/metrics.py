@@ -300,6 +300,9 @@ class TokenColumns:
     def __init__(self) -> None:
         self._batches: list[dict[str, np.ndarray]] = []
 
+    def __len__(self) -> int:
+        return sum(len(batch["l0"]) for batch in self._batches)
+
     def add(self, metrics: AFATokenMetrics) -> None:
         """Append one batch, of any leading shape."""
         batch = metrics._asdict()

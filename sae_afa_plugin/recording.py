@@ -55,26 +55,25 @@ class RecordedActivations:
         stop = None if None in layers else max(layer for layer in layers if layer is not None)
         device = next(model.parameters()).device
         n_tokens, start = sample.n_tokens, 0
-        bar = tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not progress)
-        for tokens, keep in zip(
-            sample.tokens.split(batch_size_prompts),
-            sample.keep.split(batch_size_prompts),
-            strict=True,
-        ):
-            with torch.no_grad():
-                _, cache = model.run_with_cache(
-                    tokens.to(device), names_filter=names, stop_at_layer=stop, prepend_bos=False
-                )
-            if not self._acts:
-                shapes = {name: (n_tokens, *cache[name].shape[2:]) for name in names}
-                dtypes = {name: cache[name].dtype for name in names}
-                self._acts = _room_for(shapes, dtypes, memory_budget, scratch)
-            count = int(keep.sum())
-            for name in names:
-                self._acts[name][start : start + count] = cache[name][keep.to(device)].cpu()
-            start += count
-            bar.update(count)
-        bar.close()
+        with tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not progress) as bar:
+            for tokens, keep in zip(
+                sample.tokens.split(batch_size_prompts),
+                sample.keep.split(batch_size_prompts),
+                strict=True,
+            ):
+                with torch.no_grad():
+                    _, cache = model.run_with_cache(
+                        tokens.to(device), names_filter=names, stop_at_layer=stop, prepend_bos=False
+                    )
+                if not self._acts:
+                    shapes = {name: (n_tokens, *cache[name].shape[2:]) for name in names}
+                    dtypes = {name: cache[name].dtype for name in names}
+                    self._acts = _room_for(shapes, dtypes, memory_budget, scratch)
+                count = int(keep.sum())
+                for name in names:
+                    self._acts[name][start : start + count] = cache[name][keep.to(device)].cpu()
+                start += count
+                bar.update(count)
 
     def chunks(self, hook_name: str, head_index: int | None, size: int) -> Iterator[Tensor]:
         """The activations at one hook, some tokens at a time.
@@ -108,10 +107,9 @@ def _room_for(
             raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(total,)))
     except OSError as error:
         raise OSError(
-            error.errno,
-            f"the activations need {total / 2**30:.1f} GiB on disk in "
+            f"the activations need {math.ceil(total / 2**20):,} MiB on disk in "
             f"{str(scratch or tempfile.gettempdir())!r} ({error.strerror}): evaluate fewer tokens, "
-            "or raise memory_budget to keep them in memory",
+            "or raise memory_budget (--memory) to keep them in memory"
         ) from error
     parts = raw.split(list(sizes.values()))
     return {

@@ -150,6 +150,7 @@ _LESS_NEEDED = (
     "dead_features",
     "epsilon_lbo_median",
     "catalogue_l0",
+    "interference_median",
 )
 
 
@@ -212,10 +213,9 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(
-                error.errno,
                 f"{path.name} could not be written in {str(path.parent)!r} "
                 f"({error.strerror or error}): nothing that was finished is lost, mend this and "
-                "run the same again",
+                "run the same again"
             ) from error
         raise
 
@@ -354,5 +354,6 @@ class ResultsFolder:
 
     def complete(self, results: AFAResults) -> None:
         """Write the final files, then remove the single ones."""
-        results.save(self.folder)
-        shutil.rmtree(self._unfinished)
+        if self._single_files():
+            results.save(self.folder)
+            shutil.rmtree(self._unfinished)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,6 +29,7 @@ from sae_lens.loading.pretrained_saes_directory import (
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
 )
+from sae_lens.registry import get_sae_class
 from safetensors import SafetensorError
 from typing_extensions import override
 
@@ -67,6 +69,16 @@ class SAESource(ABC):
         return self.config()["normalize_activations"]
 
 
+@contextmanager
+def _readable_weights(where: str) -> Generator[None]:
+    try:
+        yield
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"the weights in {where!r} cannot be read ({error}): the file is damaged or incomplete"
+        ) from error
+
+
 class _FromHub(SAESource):
     def __init__(self, release: str, sae_id: str):
         super().__init__(sae_id)
@@ -93,7 +105,8 @@ class _FromHub(SAESource):
 
     @override
     def load(self, device: str, dtype: str) -> SAE[Any]:
-        return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
+        with _readable_weights(f"{self.release}/{self.sae_id}"):
+            return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
 
     @override
     def fingerprint(self) -> str:
@@ -110,17 +123,20 @@ class _FromFolder(SAESource):
 
     @override
     def config(self) -> dict[str, Any]:
-        return handle_config_defaulting(get_sae_lens_config_from_disk(self.folder))
+        try:
+            config = handle_config_defaulting(get_sae_lens_config_from_disk(self.folder))
+            get_sae_class(config["architecture"])
+            return {**config, "d_in": config["d_in"]}
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"{str(self.folder / SAE_CFG_FILENAME)!r} cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
 
     @override
     def load(self, device: str, dtype: str) -> SAE[Any]:
-        try:
+        with _readable_weights(str(self.folder)):
             return SAE.load_from_disk(self.folder, device=device, dtype=dtype)
-        except SafetensorError as error:
-            raise ValueError(
-                f"the weights in {str(self.folder)!r} cannot be read ({error}): the file is "
-                "damaged or incomplete"
-            ) from error
 
     @override
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
@@ -147,29 +148,29 @@ def sample_tokens(
     kept: list[Tensor] = []
     masks: list[Tensor] = []
     n_kept = n_special = 0
-    bar = tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress)
-    for row in _rows(model, dataset, protocol, dataset_config, split):
-        wanted = torch.ones_like(row, dtype=torch.bool)
-        if protocol.positions == "last":
-            wanted[:-1] = False
-        is_special = wanted & torch.isin(row, special)
-        mask = wanted & ~is_special
-        surplus = n_kept + int(mask.sum()) - protocol.n_tokens
-        if surplus > 0:
-            mask[mask.nonzero()[-surplus:, 0]] = False
-        kept.append(row)
-        masks.append(mask)
-        n_special += int(is_special.sum())
-        n_kept += int(mask.sum())
-        bar.update(int(mask.sum()))
-        if n_kept >= protocol.n_tokens:
-            break
-    bar.close()
+    with tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress) as bar:
+        for row in _rows(model, dataset, protocol, dataset_config, split):
+            wanted = torch.ones_like(row, dtype=torch.bool)
+            if protocol.positions == "last":
+                wanted[:-1] = False
+            is_special = wanted & torch.isin(row, special)
+            mask = wanted & ~is_special
+            surplus = n_kept + int(mask.sum()) - protocol.n_tokens
+            if surplus > 0:
+                mask[mask.nonzero()[-surplus:, 0]] = False
+            kept.append(row)
+            masks.append(mask)
+            n_special += int(is_special.sum())
+            n_kept += int(mask.sum())
+            bar.update(int(mask.sum()))
+            if n_kept >= protocol.n_tokens:
+                break
     if n_kept == 0:
         raise ValueError(
             f"no token is left to evaluate: {len(kept)} sequences of {protocol.context_size} "
             f"tokens were read and {n_special} of the tokens asked for are special. Bring more or "
-            "longer text, use a smaller context_size, or pass exclude_special_tokens=False"
+            "longer text, use a smaller context_size, or pass exclude_special_tokens=False "
+            "(--keep-special-tokens)"
         )
     return TokenSample(torch.stack(kept), torch.stack(masks), n_special)
 
@@ -203,7 +204,8 @@ def _rows(
     documents = _documents(dataset, protocol, config, split)
     first = next(documents, None)
     if first is None:
-        raise ValueError(f"the dataset {_name(dataset)} is empty")
+        part = "" if protocol.subset is None else f", or has no part {protocol.subset!r}"
+        raise ValueError(f"the dataset {_name(dataset)} is empty{part}")
     documents = chain([first], documents)
     for column in _TOKEN_COLUMNS:
         if column in first:
@@ -212,7 +214,7 @@ def _rows(
             return
     for column in _TEXT_COLUMNS:
         if column in first:
-            yield from _sequences(model, (str(row[column]) for row in documents), protocol)
+            yield from _sequences(model, (str(row[column] or "") for row in documents), protocol)
             return
     raise ValueError(
         f"the dataset {_name(dataset)} has neither tokens nor text: it has the columns "
@@ -267,8 +269,23 @@ def _name(dataset: AnyDataset) -> str:
 def _documents(
     dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
 ) -> Iterator[Mapping[str, Any]]:
+    name = _name(dataset)
     if isinstance(dataset, str | Path):
-        dataset = _open(str(dataset), config, split)
+        place = Path(dataset)
+        if place.is_file() and place.suffix not in (".txt", *_READERS):
+            raise ValueError(
+                f"the file {name} is of no known kind: use .txt or one of {sorted(_READERS)}"
+            )
+        known = place.exists() or str(dataset) == EMBEDDED_TEXT
+        what = "" if known else "neither a local file or folder nor on the hub: it "
+        try:
+            dataset = _open(str(dataset), config, split)
+        # datasets lets IndexError and StopIteration out of empty folders and files
+        except (OSError, ValueError, RuntimeError, DatasetsError, LookupError, StopIteration) as e:
+            raise ValueError(
+                f"the dataset {name} {'is ' + what if what else ''}cannot be read "
+                f"({type(e).__name__}: {e})"
+            ) from e
     if isinstance(dataset, DatasetDict):
         if split not in dataset:
             raise ValueError(
@@ -280,11 +297,16 @@ def _documents(
     elif protocol.shuffle and isinstance(dataset, Dataset):
         dataset = dataset.shuffle(seed=protocol.seed)
     rows: Any = dataset  # IterableDataset tells type checkers of other kinds of rows
-    for row in rows:
-        meta = row.get("meta")
-        part = meta.get("pile_set_name") if isinstance(meta, dict) else None
-        if protocol.subset is None or part in (None, protocol.subset):
-            yield row
+    try:
+        for row in rows:
+            meta = row.get("meta")
+            part = meta.get("pile_set_name") if isinstance(meta, dict) else None
+            if protocol.subset is None or part in (None, protocol.subset):
+                yield row
+    except (OSError, ValueError, DatasetsError) as error:  # a stream is read only now
+        raise ValueError(
+            f"the dataset {name} cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict | IterableDataset:
@@ -294,19 +316,9 @@ def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict
     if place.is_file():
         if place.suffix == ".txt":
             return Dataset.from_dict({"text": [place.read_text(encoding="utf-8")]})
-        if place.suffix not in _READERS:
-            raise ValueError(
-                f"the file {dataset!r} is of no known kind: use .txt or one of {sorted(_READERS)}"
-            )
         return load_dataset(_READERS[place.suffix], data_files=dataset, split="train")
     if place.is_dir():
         if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
             return load_from_disk(dataset)
         return load_dataset(dataset, config, split=split)
-    try:
-        return load_dataset(dataset, config, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"the dataset {dataset!r} is neither a local file or folder nor can it be opened on "
-            f"the hub ({type(error).__name__}: {error})"
-        ) from error
+    return load_dataset(dataset, config, split=split, streaming=True)

@@ -452,7 +452,7 @@ def test_a_mistake_leaves_nothing_that_stands_in_the_way(model, tokens, tmp_path
     with pytest.raises(ValueError, match="cannot be evaluated"):
         evaluate({"a": standard(d_in=20)}, model, tokens, out=out, n_tokens=30)
     with pytest.raises(ValueError, match="no token is left"):
-        evaluate({"a": standard()}, model, tokens, out=out, exclude_special_tokens=range(50))
+        evaluate({"a": standard()}, model, tokens, out=out, exclude_special_tokens=tuple(range(50)))
     assert not out.exists()
     assert len(evaluate({"a": standard()}, model, tokens, out=out, n_tokens=20).tokens) == 20
     evaluate({"a": standard(), "b": standard(d_in=20)}, model, tokens, out=out, n_tokens=20)

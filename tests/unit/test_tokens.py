@@ -184,7 +184,7 @@ def test_special_tokens_stay_on_request(model):
         ),
         (Dataset.from_dict({"tokens": [[1, 2, 3]]}), "a sequence of 3 tokens, fewer than"),
         (torch.ones(20), r"must have shape \[n, 16 or more\]: got \(20,\)"),
-        ("no/such", "the dataset 'no/such' is neither a local file or folder nor can it be opened"),
+        ("no/such", "the dataset 'no/such' is neither a local file or folder nor on the hub"),
         (
             DatasetDict({"test": Dataset.from_dict({"text": ["a"]})}),
             r"no split 'train'.*\['test'\]",
