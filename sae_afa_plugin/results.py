@@ -129,7 +129,8 @@ class AFAResults:
 _SHOWN = {
     "l0_mean": "L0",
     "catalogue_l0": "L0 in the\ncatalogue",
-    "nmse_median": "NMSE",
+    "nmse_mean": "NMSE\n(mean)",
+    "nmse_median": "NMSE\n(median)",
     "core_ce_loss_score": "CE\nrecovered",
     "norm_z_median": "||z||",
     "norm_f_median": "||f||",
@@ -147,6 +148,7 @@ _LESS_NEEDED = (
     "norm_f_median",
     "training_seconds",
     "max_abs_cos",
+    "nmse_median",
     "dead_features",
     "epsilon_lbo_median",
     "catalogue_l0",
@@ -159,7 +161,7 @@ def _is_known(summary: pd.DataFrame, column: str) -> bool:
 
 
 def results_table(results: AFAResults, title: str = "", width: int | None = None) -> Table:
-    """The summary as a table for the terminal: medians over tokens, L0 and shares as means.
+    """The summary as a table for the terminal: medians over tokens; L0 and shares are means.
 
     Args:
         results: What to show.

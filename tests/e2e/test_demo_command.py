@@ -39,7 +39,7 @@ def test_the_table_has_the_three_architectures(finished):
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [row[0] for row in rows] == ["topafa", "topk", "batchtopk"]
     assert [column.header.replace("\n", " ") for column in table.columns] == [
-        "SAE", "L0", "NMSE", "CE recovered", "||z||", "||f||", "||f||/||z||", "over- activated",
+        "SAE", "L0", "NMSE (mean)", "NMSE (median)", "CE recovered", "||z||", "||f||", "||f||/||z||", "over- activated",
         "ε LBO", "inter- ference", "cohe- rence", "dead", "training seconds",
     ]  # fmt: skip
     assert rows[1][1] == "40.0"

@@ -23,12 +23,12 @@ import torch
 from datasets import Dataset, DatasetDict
 from helpers.afa_oracle import metrics_of_dictionary
 from helpers.hub import LoopbackHub, client_environment, run_client
+from helpers.models import gpt2_tokenizer, tiny_gpt2
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
 from sae_afa_plugin import cli
-from sae_afa_plugin.demo.model import ASSETS
 from sae_afa_plugin.demo.text import standard_library_texts
 from sae_afa_plugin.results import AFAResults
 
@@ -48,32 +48,15 @@ texts_of = cache(standard_library_texts)
 # --- what lies on the hub ---
 
 
-def gpt2_tokenizer() -> PreTrainedTokenizerFast:
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    return PreTrainedTokenizerFast(tokenizer_file=str(ASSETS / "tokenizer.json"), **special)
-
-
 def publish_gpt2(folder: Path) -> None:
     """Twelve layers, whose residual stream has a mean that is far from zero."""
-    tokenizer = gpt2_tokenizer()
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_embd=D_MODEL,
-            n_layer=12,
-            n_head=2,
-            n_positions=128,
-            n_ctx=128,
-            initializer_range=0.3,
-        )
-    )
+    model = tiny_gpt2(12, D_MODEL, initializer_range=0.3)
     with torch.no_grad():
         model.transformer.wte.weight += 0.2
         for block in model.transformer.h:
             block.mlp.c_proj.bias += 0.1
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    gpt2_tokenizer().save_pretrained(folder)
 
 
 def publish_old_sae(folder: Path, hook: str, seed: int) -> None:

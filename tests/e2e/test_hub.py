@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.hub import LoopbackHub, client_environment, run_client
+from helpers.models import gpt2_tokenizer, tiny_gpt2
 from sae_lens import SAE
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_afa_plugin import TopAFASAE, TopAFATrainingSAE, TopAFATrainingSAEConfig
-from sae_afa_plugin.demo.model import ASSETS
 from sae_afa_plugin.demo.text import standard_library_texts
 
 HOOK = "blocks.1.hook_resid_pre"
@@ -27,26 +25,9 @@ D_MODEL = 32
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoopbackHub]:
     """A hub that has a small GPT-2 under the name ``gpt2``, and some text as OpenWebText."""
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(ASSETS / "tokenizer.json"),
-            bos_token="<|endoftext|>",
-            eos_token="<|endoftext|>",
-            unk_token="<|endoftext|>",
-        )
-        torch.manual_seed(0)
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_embd=D_MODEL,
-                n_layer=2,
-                n_head=2,
-                n_positions=128,
-                n_ctx=128,  # gone from transformers, but in GPT-2's file and read by TransformerLens
-            )
-        )
         # TransformerLens asks for "gpt2", not for "openai-community/gpt2"
-        model.save_pretrained(hub.repo("gpt2"))
-        tokenizer.save_pretrained(hub.repo("gpt2"))
+        tiny_gpt2(2, D_MODEL).save_pretrained(hub.repo("gpt2"))
+        gpt2_tokenizer().save_pretrained(hub.repo("gpt2"))
 
         dataset = hub.repo("Skylion007/openwebtext", "datasets")
         dataset.mkdir(parents=True)
