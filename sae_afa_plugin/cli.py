@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from sae_afa_plugin.demo.model import embedded_model_facts
 from sae_afa_plugin.demo.run import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.models import check_model_name
-from sae_afa_plugin.results import RESULTS_FILENAME, results_table
+from sae_afa_plugin.plots import save_plots
+from sae_afa_plugin.report import REPORT_FILENAME, write_report
+from sae_afa_plugin.results import RESULTS_FILENAME, AFAResults, results_table
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tokens import PROTOCOLS
 from sae_afa_plugin.training import LOG_FILENAME, LoggedTrainingRunner
@@ -68,6 +71,32 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     _add_evaluate(commands)
+    plot = commands.add_parser(
+        "plot",
+        help="draw the figures of an evaluation",
+        description="Draw the figures of a finished evaluation, as PNG and PDF: the ZF plot "
+        "(||z|| against ||f||), NMSE and epsilon LBO, active features, interference and, for "
+        "several SAEs, error against sparsity. No model is needed.",
+        allow_abbrev=False,
+    )
+    plot.add_argument(
+        "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
+    )
+    plot.add_argument("--out", type=Path, help="folder for the figures (default: DIR/figures)")
+
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about an evaluation",
+        description="Write one self-contained HTML page about a finished evaluation: the summary, "
+        "an interactive ZF plot with every token in its context, the figures, the most over- and "
+        "under-activated tokens, and how to read them. It works without a network.",
+        allow_abbrev=False,
+    )
+    report.add_argument(
+        "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
+    )
+    report.add_argument("--out", type=Path, help=f"the file (default: DIR/{REPORT_FILENAME})")
+
     commands.add_parser(
         "train",
         add_help=False,
@@ -151,6 +180,11 @@ def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--seed", type=int, help="for the order of documents in the paper's protocol (42)"
     )
     evaluate.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether each sequence begins with BOS (default: as the SAEs were trained)",
+    )
+    evaluate.add_argument(
         "--keep-special-tokens",
         action="store_true",
         help="evaluate BOS, EOS and the like as well; their norms are up to 100 times as large",
@@ -190,6 +224,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         "n_tokens": args.tokens,
         "context_size": args.context_size,
         "seed": args.seed,
+        "prepend_bos": args.bos,
         "exclude_special_tokens": False if args.keep_special_tokens else None,
     }
     results = evaluate_sources(
@@ -202,7 +237,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         out=args.out,
         core=args.core,
         device=args.device,
-        memory_budget=int(args.memory * 2**30),
+        memory_budget=int(args.memory * 2**30) if args.memory > 0 else 0,
         **{name: value for name, value in chosen.items() if value is not None},
     )
     settings = results.metadata["settings"]
@@ -217,9 +252,16 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     )
     for name, reason in results.metadata["refused"].items():
-        console.print(f"{name} was not evaluated: {reason}")
-    console.print(f"Results: {args.out / RESULTS_FILENAME}")
+        console.print(f"{name} was not evaluated: {reason}", markup=False)
+    console.print(
+        f"Results: {args.out / RESULTS_FILENAME}\nA page about them: {_next(args.out)}",
+        markup=False,
+    )
     return 1 if results.metadata["refused"] else 0
+
+
+def _next(folder: Path) -> str:
+    return shlex.join(["sae-afa", "report", str(folder)])
 
 
 def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -251,7 +293,9 @@ def _demo(model: str, out: Path) -> None:
             f"{facts['validation_bits_per_token']:.2f} bits per token "
             f"(unigram entropy {facts['unigram_bits_per_token']:.2f})."
         )
+    report = write_report(results, out / EVALUATION_FOLDER)
     console.print(f"SAEs and training log: {out}\nResults: {out / EVALUATION_FOLDER}")
+    console.print(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -288,6 +332,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(args.model, args.out)
         elif args.command == "evaluate":
             return _evaluate(args)
+        elif args.command == "plot":
+            figures = args.out or args.results / "figures"
+            for file in save_plots(AFAResults.load(args.results), figures):
+                print(file)  # noqa: T201
+        elif args.command == "report":
+            path = args.out or args.results / REPORT_FILENAME
+            print(write_report(AFAResults.load(args.results), path))  # noqa: T201
         else:
             _train(rest)
     except KeyboardInterrupt:

@@ -120,6 +120,8 @@ def train_and_evaluate(
         core_tokens=setup.ce_tokens,
     )
     log = runner.log
+    # what it was trained as: a BatchTopK SAE is saved as a JumpReLU one
+    results.summary["trained_as"] = [cfg.architecture() for cfg in saes.values()]
     results.summary["training_seconds"] = [log.seconds[name] for name in saes]
     results.summary["seconds_per_step"] = [log.seconds[name] / log.steps[name] for name in saes]
     results.save(out / EVALUATION_FOLDER)

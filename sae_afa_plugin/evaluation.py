@@ -8,8 +8,9 @@ of a stated budget: the activations (beyond it they lie in a temporary file) and
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
@@ -28,11 +29,18 @@ from tqdm.auto import tqdm
 from sae_afa_plugin.evals import core_metrics
 from sae_afa_plugin.families import AFAReader, why_not
 from sae_afa_plugin.metrics import TokenColumns, dictionary_coherence, is_finite, summarize
-from sae_afa_plugin.models import hook_in, load_language_model, shared_model
+from sae_afa_plugin.models import hook_in, load_language_model, shared_model, wanted_hooks
 from sae_afa_plugin.recording import RecordedActivations
 from sae_afa_plugin.results import AFAResults, FinishedSAE, ResultsFolder
-from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
-from sae_afa_plugin.tokens import PROTOCOLS, AnyDataset, Protocol, TokenSample, sample_tokens
+from sae_afa_plugin.sources import SAESource, shown_origin, sources_of, sources_of_release
+from sae_afa_plugin.tokens import (
+    PROTOCOLS,
+    AnyDataset,
+    Protocol,
+    TokenSample,
+    content_of,
+    sample_tokens,
+)
 from sae_afa_plugin.training import check_hook
 
 _DATASETS = {"default": "Skylion007/openwebtext", "paper": "NeelNanda/pile-10k"}
@@ -68,6 +76,16 @@ class Evaluation:
     core_tokens: int = 8192
     progress: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("batch_size_prompts", "memory_budget", "core_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+                raise ValueError(f"device {self.device!r} cannot be used ({error})") from error
+
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
         if self.progress:
@@ -93,10 +111,9 @@ def evaluate_release(
     Raises:
         ValueError: If the release or an id is not known; and as :func:`evaluate_saes`.
 
-    Example:
-        >>> results = evaluate_release(  # doctest: +SKIP
-        ...     "gpt2-small-res-jb", "blocks.*.hook_resid_pre", n_tokens=20_000
-        ... )
+    Example::
+
+        results = evaluate_release("gpt2-small-res-jb", "blocks.*.hook_resid_pre", n_tokens=20_000)
     """
     patterns = [sae_ids] if isinstance(sae_ids, str) else sae_ids
     return evaluate_sources(sources_of_release(release, patterns), model, dataset, **options)
@@ -166,10 +183,13 @@ def evaluate_sources(
     configs, refused = _readable(sources)
     if not configs:
         raise _none_left(refused)
-    which = _as_trained(which, configs, dataset, fields)
+    which = _as_trained(which, configs, dataset, protocol == "default", fields, say)
     settings = {
         "model": _identity(model, configs),
+        "model_argument": str(model) if isinstance(model, str | Path) else None,
+        "model_content": _weights_of(model),
         "dataset": str(dataset) if isinstance(dataset, str | Path) else "in memory",
+        "dataset_content": content_of(dataset),
         "dataset_config": dataset_config,
         "split": split,
         **asdict(which),
@@ -183,8 +203,10 @@ def evaluate_sources(
         done, damaged = folder.finished()
         for line in damaged:
             say(line)
-        changed = [s.name for s in sources if s.name in done and _has_changed(s, done)]
-        done = {name: one for name, one in done.items() if name not in changed}
+        for source in sources:
+            if source.name in done and _has_changed(source, done[source.name], folder):
+                del done[source.name]
+                say(f"{source.name} has changed since, and is evaluated again")
     missing = [s for s in sources if s.name in configs and s.name not in done]
     if done:
         say(f"{len(done)} SAEs were finished before, {len(missing)} are to do")
@@ -247,20 +269,11 @@ def _readable(
     refused: dict[str, str] = {}
     for source in sources:
         try:
-            config = source.config()
+            reason = source.why_not()
         except ValueError as error:
-            refused[source.name] = str(error)
-            continue
-        metadata = config["metadata"]
-        reason = why_not(
-            config["architecture"],
-            source.normalization_after_loading(),
-            bool(metadata.get("hook_name_out")),
-        )
-        if reason is None and not metadata.get("hook_name"):
-            reason = "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
+            reason = str(error)
         if reason is None:
-            configs[source.name] = config
+            configs[source.name] = source.config
         else:
             refused[source.name] = reason
     return configs, refused
@@ -276,7 +289,9 @@ def _as_trained(
     which: Protocol,
     configs: Mapping[str, Mapping[str, Any]],
     dataset: AnyDataset,
+    may_shorten: bool,
     given: Mapping[str, Any],
+    say: Callable[[str], None],
 ) -> Protocol:
     """Fill in what follows from the SAEs: whether they know BOS, and how long their contexts are."""
     metadata = [config["metadata"] for config in configs.values()]
@@ -285,14 +300,19 @@ def _as_trained(
         if len(known) > 1:
             raise ValueError(
                 "some of the SAEs were trained with BOS and some without: evaluate them one after "
-                "the other, or pass prepend_bos"
+                "the other, or pass prepend_bos (--bos or --no-bos)"
             )
         which = replace(which, prepend_bos=known.pop() if known else True)
-    if "context_size" not in given:
-        sizes = [data["context_size"] for data in metadata if data.get("context_size")]
-        if isinstance(dataset, Tensor):
-            sizes = [dataset.shape[-1]]
-        which = replace(which, context_size=min([which.context_size, *sizes]))
+    if "context_size" in given:
+        return which
+    if isinstance(dataset, Tensor):
+        return replace(which, context_size=min(which.context_size, dataset.shape[-1]))
+    shortest = min(
+        (data["context_size"] for data in metadata if data.get("context_size")), default=0
+    )
+    if may_shorten and 0 < shortest < which.context_size:
+        say(f"context_size is {shortest}: an SAE was trained with no more")
+        return replace(which, context_size=shortest)
     return which
 
 
@@ -307,8 +327,27 @@ def _identity(model: Any, configs: Mapping[str, Mapping[str, Any]]) -> str:
     return f"{type(model).__name__} {name or ''}".strip()
 
 
-def _has_changed(source: SAESource, done: Mapping[str, FinishedSAE]) -> bool:
-    return done[source.name].fingerprint != source.fingerprint()
+def _weights_of(model: Any) -> str | None:
+    """Tells one model object from another: the beginning of each of its parameters."""
+    if model is None or isinstance(model, str | Path):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        some = parameter.detach().flatten()[:64].double().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _has_changed(source: SAESource, before: FinishedSAE, folder: ResultsFolder) -> bool:
+    if before.fingerprint == source.fingerprint():
+        return False
+    origin = str(before.summary.get("source"))
+    if origin != source.origin:
+        raise ValueError(
+            f"{source.name!r} in {str(folder.folder)!r} is another SAE "
+            f"({shown_origin(origin)}): use another folder"
+        )
+    return True
 
 
 # --- the language model ---
@@ -323,19 +362,10 @@ def _loaded(
 ) -> Any:
     if model is None or isinstance(model, str | Path):
         device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-            raise ValueError(f"device {device!r} cannot be used ({error})") from error
         metadata = {s.name: configs[s.name]["metadata"] for s in missing}
         if model is not None:  # it stands in for the one that the metadata name, or do not
             metadata = {name: {**d, "model_name": str(model)} for name, d in metadata.items()}
-        hooks = {
-            name
-            for data in metadata.values()
-            for suffix in _ENDS
-            if (name := data.get(f"hf_hook_name{suffix}") or data.get(f"hook_name{suffix}"))
-        }
+        hooks = {hook for data in metadata.values() for hook in wanted_hooks(data)}
         model = load_language_model(model, shared_model(metadata), sorted(hooks), device)
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if longest is not None and which.context_size > longest:
@@ -448,8 +478,9 @@ def _evaluate(
             "none of its tokens has finite norms: its weights or inputs are not finite"
         )
     table = pd.concat([_places(sample), table], axis=1).loc[finite]
-    table.insert(0, "sae", source.name)
+    table.insert(0, "sae", pd.Categorical.from_codes([0] * len(table), [source.name]))
     summary: dict[str, Any] = {
+        "source": source.origin,
         "architecture": cfg.architecture(),
         "d_in": cfg.d_in,
         "d_sae": cfg.d_sae,
@@ -537,8 +568,14 @@ def _assemble(
     settings: dict[str, Any],
     refused: dict[str, str],
 ) -> AFAResults:
-    tokens = pd.concat([one.tokens for one in finished], ignore_index=True)
-    tokens["sae"] = tokens["sae"].astype("category")
+    names = [one.name for one in finished]
+    tokens = pd.concat(
+        [
+            one.tokens.assign(sae=pd.Categorical([one.name] * len(one.tokens), names))
+            for one in finished
+        ],
+        ignore_index=True,
+    )
     return AFAResults(
         # NaN for whatever is missing, as it comes back from a file
         summary=pd.DataFrame.from_dict(

@@ -110,6 +110,10 @@ class AFAReader:
     @torch.no_grad()
     def __init__(self, sae: SAE[Any]):
         self.sae = sae
+        if sae.W_dec.device.type == "mps":
+            raise ValueError(
+                "the AFA metric needs float64, which MPS does not have: move the SAE to the CPU"
+            )
         dtype = torch.promote_types(sae.W_dec.dtype, torch.float32)
         self._W_dec = sae.W_dec.detach().to(dtype)
         self._norms = norm_along_last(self._W_dec)
@@ -167,13 +171,15 @@ class AFAReader:
         x = self._flat(x, self.sae.cfg.d_in)
         f = self._encode(x).to(self._W_dec.dtype)
         z = self._target(x, x_out)
-        if int(f.count_nonzero()) > _SPARSE_BELOW * f.numel():
+        n_active = int(f.count_nonzero())
+        if n_active > _SPARSE_BELOW * f.numel() or not bool(f.sum().isfinite()):
             return self._read_dense(z, f)
         return self._read_sparse(z, f)
 
     def _read_dense(self, z: Tensor, f: Tensor) -> AFATokenMetrics:
         active = f != 0
-        self.fired |= active.reshape(-1, active.shape[-1]).any(0)
+        known = active & f.isfinite().all(-1, keepdim=True)  # NaN is no activity
+        self.fired |= known.reshape(-1, known.shape[-1]).any(0)
         f_unit = f if self._on_unit_rows else f * self._norms
         return token_metrics(z, f @ self._W_dec, f_unit, self._b_dec, l0=active.sum(-1))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_lens.load_model import HookedProxyLM, load_model
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
@@ -24,12 +25,19 @@ def check_model_name(name: str) -> None:
     Raises:
         ValueError: If it has none, with the names that come near.
     """
-    known = [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
-    if name.lower() in (one.lower() for one in known):
+    if _is_known(name):
         return
-    near = get_close_matches(name, known, n=3)
+    near = get_close_matches(name, _known_names(), n=3)
     hint = f"did you mean {' or '.join(near)}?" if near else "see its model table"
     raise ValueError(f"TransformerLens has no model {name!r}: {hint}")
+
+
+def _known_names() -> list[str]:
+    return [*OFFICIAL_MODEL_NAMES, *chain(*MODEL_ALIASES.values())]
+
+
+def _is_known(name: str) -> bool:
+    return name.lower() in (known.lower() for known in _known_names())
 
 
 def shared_model(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -92,9 +100,15 @@ def load_language_model(
     kwargs = dict(wanted["model_from_pretrained_kwargs"])
     if Path(name).is_dir():
         return _from_folder(Path(name), wanted, kwargs, hook_names, device)
-    if wanted["model_class_name"] == "HookedTransformer":
-        check_model_name(name)
-    return load_model(wanted["model_class_name"], name, device, kwargs, list(hook_names))
+    if wanted["model_class_name"] != "HookedTransformer":
+        return load_model(wanted["model_class_name"], name, device, kwargs, list(hook_names))
+    if any(hook.endswith(".mlp.hook_in") for hook in hook_names) and not kwargs:
+        return TransformerBridge.boot_transformers(name, device=device)  # the only one that has it
+    own = [hook for hook in hook_names if not hook.startswith(("blocks.", "hook_"))]
+    if own and not _is_known(name):  # new models come with transformers' names of their hooks
+        return load_model("AutoModelForCausalLM", name, device, kwargs, own)
+    check_model_name(name)
+    return load_model("HookedTransformer", name, device, kwargs)
 
 
 def _from_folder(
@@ -116,8 +130,6 @@ def _from_folder(
             f"the SAEs need their model loaded with {kwargs}, which is not possible "
             f"for the folder {str(folder)!r}: load the model yourself and pass the object"
         )
-    from transformer_lens.model_bridge import TransformerBridge
-
     return TransformerBridge.boot_transformers(str(folder), device=device)
 
 
@@ -129,7 +141,25 @@ def hook_in(model: Any, metadata: Mapping[str, Any], suffix: str = "") -> str | 
         metadata: The SAE's metadata.
         suffix: ``""`` for the hook it reads, ``"_out"`` for the one a transcoder writes.
     """
-    hf_name = metadata.get(f"hf_hook_name{suffix}")
+    hf_name = str(metadata.get(f"hf_hook_name{suffix}") or "")
     if isinstance(model, HookedProxyLM) and hf_name:
-        return hf_name
-    return metadata.get(f"hook_name{suffix}")
+        return hf_name.removesuffix(".output")  # its hooks are the modules' outputs
+    name = metadata.get(f"hook_name{suffix}")
+    if name and name.endswith(".hook_mlp_in") and hf_name.endswith("layernorm.output"):
+        # Gemma Scope 2 says hook_mlp_in, which is before the layer norm, and means behind it
+        return name.removesuffix("hook_mlp_in") + "mlp.hook_in"
+    return name
+
+
+def wanted_hooks(metadata: Mapping[str, Any]) -> set[str]:
+    """The hooks that an SAE needs, by all names that they may have.
+
+    Args:
+        metadata: The SAE's metadata.
+    """
+    names: set[str] = set()
+    for suffix in ("", "_out"):
+        if name := metadata.get(f"hook_name{suffix}"):
+            hf_name = str(metadata.get(f"hf_hook_name{suffix}") or "").removesuffix(".output")
+            names |= {hook_in(None, metadata, suffix) or name, *([hf_name] if hf_name else [])}
+    return names

@@ -71,7 +71,9 @@ class RecordedActivations:
                     self._acts = _room_for(shapes, dtypes, memory_budget, scratch)
                 count = int(keep.sum())
                 for name in names:
-                    self._acts[name][start : start + count] = cache[name][keep.to(device)].cpu()
+                    self._acts[name][start : start + count] = cache[name][
+                        keep.to(cache[name].device)
+                    ].cpu()
                 start += count
                 bar.update(count)
 
@@ -102,8 +104,11 @@ def _room_for(
         return {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
     try:
         with tempfile.TemporaryFile(dir=scratch) as file:
-            # now, while a full disk is an error and not yet a crash
-            os.posix_fallocate(file.fileno(), 0, total)
+            # now, while a full disk is an error and not yet a crash (where the system can tell)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, total)
+            else:
+                file.truncate(total)
             raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(total,)))
     except OSError as error:
         raise OSError(

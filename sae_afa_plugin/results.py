@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SCHEMA_VERSION = 1
 RESULTS_FILENAME = "results.json"
@@ -66,12 +67,14 @@ class AFAResults:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / SUMMARY_FILENAME, lambda path: self.summary.to_csv(path, index_label="sae"))
-        _write(
+        write_whole(
+            folder / SUMMARY_FILENAME, lambda path: self.summary.to_csv(path, index_label="sae")
+        )
+        write_whole(
             folder / TOKENS_FILENAME,
             lambda path: self.tokens.to_parquet(path, engine="pyarrow", index=False),
         )
-        _write(
+        write_whole(
             folder / SEQUENCES_FILENAME,
             lambda path: self.sequences.to_parquet(path, engine="pyarrow", index=False),
         )
@@ -80,7 +83,15 @@ class AFAResults:
             {
                 "schema_version": SCHEMA_VERSION,
                 **self.metadata,
-                "saes": json.loads(str(self.summary.to_json(orient="index"))),
+                "saes": {
+                    str(name): {
+                        column: None
+                        if pd.isna(value)
+                        else getattr(value, "item", lambda v=value: v)()
+                        for column, value in row.items()
+                    }
+                    for name, row in self.summary.astype(object).iterrows()
+                },
             },
         )
 
@@ -122,7 +133,7 @@ class AFAResults:
         return cls(summary, tokens, sequences, metadata)
 
     def __str__(self) -> str:
-        return self.summary[[c for c in _SHOWN if _is_known(self.summary, c)]].to_string()
+        return self.summary[list(shown_columns(self.summary))].to_string()
 
 
 # columns of the summary that are shown in a terminal, with their headings
@@ -156,8 +167,13 @@ _LESS_NEEDED = (
 )
 
 
-def _is_known(summary: pd.DataFrame, column: str) -> bool:
-    return column in summary and bool(summary[column].notna().any())
+def shown_columns(summary: pd.DataFrame) -> dict[str, str]:
+    """The columns that people are shown, with their headings, as far as they are known."""
+    return {
+        column: heading
+        for column, heading in _SHOWN.items()
+        if column in summary and summary[column].notna().any()
+    }
 
 
 def results_table(results: AFAResults, title: str = "", width: int | None = None) -> Table:
@@ -169,24 +185,25 @@ def results_table(results: AFAResults, title: str = "", width: int | None = None
         width: Characters in a line. Columns that do not fit are left out; ``summary.csv`` has
             them all.
     """
-    columns = [column for column in _SHOWN if _is_known(results.summary, column)]
+    columns = list(shown_columns(results.summary))
     less_needed = [column for column in _LESS_NEEDED if column in columns]
     while True:
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("SAE", no_wrap=True)
         for column in columns:
             table.add_column(_SHOWN[column], justify="right", no_wrap=True, vertical="bottom")
         for name, row in results.summary.iterrows():
-            table.add_row(str(name), *(_shown(column, row[column]) for column in columns))
+            table.add_row(Text(str(name)), *(shown(column, row[column]) for column in columns))
         table.title = None  # it may wrap, and must not count here
         fits = width is None or Console(width=10_000).measure(table).minimum <= width
-        table.title = title
+        table.title = Text(title)
         if fits or not less_needed:
             return table
         columns.remove(less_needed.pop(0))
 
 
-def _shown(column: str, value: Any) -> str:
+def shown(column: str, value: Any) -> str:
+    """A value of the summary, as it is read best."""
     if pd.isna(value):
         return "-"
     if column == "dead_features":
@@ -203,8 +220,16 @@ def _shown(column: str, value: Any) -> str:
 # --- writing ---
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is complete or not there, whatever happens."""
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is complete or not there, whatever happens.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given.
+
+    Raises:
+        OSError: If that fails, with what to do.
+    """
     partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
     try:
         write(partial)
@@ -224,7 +249,7 @@ def _write(path: Path, write: Callable[[Path], Any]) -> None:
 
 def _write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2) + "\n"
-    _write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 # --- continuing ---
@@ -281,6 +306,8 @@ class ResultsFolder:
             f"{key} was {found.get(key)!r} and is {self.settings.get(key)!r}"
             for key in {**found, **self.settings}
             if found.get(key) != self.settings.get(key)
+            # a dataset that is gone cannot have changed
+            and not (key.endswith("_content") and None in (found.get(key), self.settings.get(key)))
         ]
         if different:
             raise ValueError(
@@ -332,7 +359,7 @@ class ResultsFolder:
                 )
         self._unfinished.mkdir(parents=True, exist_ok=True)
         _write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
-        _write(place, lambda path: sequences.to_parquet(path, engine="pyarrow", index=False))
+        write_whole(place, lambda path: sequences.to_parquet(path, engine="pyarrow", index=False))
 
     def leave(self) -> None:
         """Leave nothing behind where nothing was finished."""
@@ -352,7 +379,7 @@ class ResultsFolder:
             {**(table.schema.metadata or {}), b"sae_afa": json.dumps(about).encode()}
         )
         name = hashlib.sha256(one.name.encode()).hexdigest()[:16]
-        _write(self._unfinished / f"{name}.parquet", lambda path: pq.write_table(table, path))
+        write_whole(self._unfinished / f"{name}.parquet", lambda path: pq.write_table(table, path))
 
     def complete(self, results: AFAResults) -> None:
         """Write the final files, then remove the single ones."""

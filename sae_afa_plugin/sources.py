@@ -7,13 +7,17 @@ cannot work is said before hours are spent.
 from __future__ import annotations
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from huggingface_hub import HfApi
@@ -21,6 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from sae_lens import SAE
 from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
 from sae_lens.loading.pretrained_sae_loaders import (
+    get_conversion_loader_name,
     get_sae_lens_config_from_disk,
     handle_config_defaulting,
     load_sae_config_from_huggingface,
@@ -28,12 +33,16 @@ from sae_lens.loading.pretrained_sae_loaders import (
 from sae_lens.loading.pretrained_saes_directory import (
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
+    get_repo_id_and_folder_name,
 )
 from sae_lens.registry import get_sae_class
 from safetensors import SafetensorError
 from typing_extensions import override
 
+from sae_afa_plugin.families import why_not
+
 _SHOWN_IDS = 8
+_NEEDED = ("d_in", "d_sae", "normalize_activations", "metadata")
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"
 
 
@@ -52,9 +61,38 @@ class SAESource(ABC):
     def __init__(self, name: str):
         self.name = name
 
+    @property
     @abstractmethod
+    def origin(self) -> str:
+        """Where it came from: a folder, ``release<tab>id``, or "in memory"."""
+
+    @abstractmethod
+    def _read_config(self) -> dict[str, Any]:
+        """Read what :attr:`config` keeps."""
+
+    @cached_property
     def config(self) -> dict[str, Any]:
-        """The SAE's config in SAELens's current format, with ``metadata``."""
+        """The SAE's config in SAELens's current format, with ``metadata``.
+
+        Raises:
+            ValueError: If it cannot be read, or is no config of an SAE.
+        """
+        try:
+            config = self._read_config()
+            missing = [key for key in _NEEDED if key not in config]
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"the config of {self.where!r} ({SAE_CFG_FILENAME}) cannot be read "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if missing:
+            raise ValueError(f"the config of {self.where!r} has no {' and no '.join(missing)}")
+        return config
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """Where it came from, for people."""
 
     @abstractmethod
     def load(self, device: str, dtype: str) -> SAE[Any]:
@@ -64,19 +102,42 @@ class SAESource(ABC):
     def fingerprint(self) -> str:
         """Changes when the SAE does."""
 
-    def normalization_after_loading(self) -> str:
+    def why_not(self) -> str | None:
+        """Why it cannot be evaluated, as far as that is known before loading; None if it can."""
+        config = self.config
+        if not config["metadata"].get("hook_name"):
+            return "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
+        return why_not(
+            config["architecture"],
+            self._normalization_after_loading(),
+            bool(config["metadata"].get("hook_name_out")),
+        )
+
+    def _normalization_after_loading(self) -> str:
         """What ``normalize_activations`` will be once a known scaling has been folded."""
-        return self.config()["normalize_activations"]
+        return self.config["normalize_activations"]
+
+
+# of loaders: safetensors, NumPy's archives, PyTorch's files, and weights that do not fit
+_DAMAGED = (SafetensorError, BadZipFile, UnpicklingError, EOFError, RuntimeError, KeyError)
 
 
 @contextmanager
 def _readable_weights(where: str) -> Generator[None]:
     try:
         yield
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"there is no memory on the device for {where!r} ({error})") from error
+    except _DAMAGED as error:
         raise ValueError(
-            f"the weights in {where!r} cannot be read ({error}): the file is damaged or incomplete"
+            f"the weights in {where!r} cannot be read ({type(error).__name__}: {error}): the file "
+            "is damaged or incomplete, or of another SAE"
         ) from error
+
+
+def _known(config: dict[str, Any]) -> dict[str, Any]:
+    get_sae_class(config["architecture"])  # a KeyError, now and not after a pass of the model
+    return config
 
 
 class _FromHub(SAESource):
@@ -87,25 +148,40 @@ class _FromHub(SAESource):
         if lookup is not None:
             self.catalogue_l0 = lookup.expected_l0.get(sae_id) or None  # 0.0 stands for unknown
 
+    @property
     @override
-    def config(self) -> dict[str, Any]:
-        try:
-            return load_sae_config_from_huggingface(self.release, self.sae_id)
-        except (OSError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"the config of {self.sae_id!r} in {self.release!r} cannot be loaded "
-                f"({type(error).__name__}: {error})"
-            ) from error
+    def origin(self) -> str:
+        return f"{self.release}\t{self.sae_id}"
+
+    @property
+    @override
+    def where(self) -> str:
+        return f"{self.release}/{self.sae_id}"
 
     @override
-    def normalization_after_loading(self) -> str:
+    def _read_config(self) -> dict[str, Any]:
+        return _known(load_sae_config_from_huggingface(self.release, self.sae_id))
+
+    @override
+    def why_not(self) -> str | None:
+        loader = get_conversion_loader_name(self.release)
+        folder = get_repo_id_and_folder_name(self.release, self.sae_id)[1]
+        if loader == "mntss_clt_layer_transcoder" or (loader == "gemma_3" and "clt" in folder):
+            return (
+                "it is one layer of a cross-layer transcoder: its features write to many layers, "
+                "so no single activation is what they add up to"
+            )
+        return super().why_not()
+
+    @override
+    def _normalization_after_loading(self) -> str:
         if get_norm_scaling_factor(self.release, self.sae_id) is not None:
             return "none"
-        return super().normalization_after_loading()
+        return super()._normalization_after_loading()
 
     @override
     def load(self, device: str, dtype: str) -> SAE[Any]:
-        with _readable_weights(f"{self.release}/{self.sae_id}"):
+        with _readable_weights(self.where):
             return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
 
     @override
@@ -121,17 +197,19 @@ class _FromFolder(SAESource):
             if not (folder / file).is_file():
                 raise ValueError(f"the folder {str(folder)!r} holds no SAE: it has no {file}")
 
+    @property
     @override
-    def config(self) -> dict[str, Any]:
-        try:
-            config = handle_config_defaulting(get_sae_lens_config_from_disk(self.folder))
-            get_sae_class(config["architecture"])
-            return {**config, "d_in": config["d_in"]}
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"{str(self.folder / SAE_CFG_FILENAME)!r} cannot be read "
-                f"({type(error).__name__}: {error})"
-            ) from error
+    def origin(self) -> str:
+        return str(self.folder)
+
+    @property
+    @override
+    def where(self) -> str:
+        return str(self.folder)
+
+    @override
+    def _read_config(self) -> dict[str, Any]:
+        return _known(handle_config_defaulting(get_sae_lens_config_from_disk(self.folder)))
 
     @override
     def load(self, device: str, dtype: str) -> SAE[Any]:
@@ -153,8 +231,18 @@ class _InMemory(SAESource):
         super().__init__(name)
         self.sae = sae
 
+    @property
     @override
-    def config(self) -> dict[str, Any]:
+    def origin(self) -> str:
+        return "in memory"
+
+    @property
+    @override
+    def where(self) -> str:
+        return self.name
+
+    @override
+    def _read_config(self) -> dict[str, Any]:
         return self.sae.cfg.to_dict()
 
     @override
@@ -163,11 +251,17 @@ class _InMemory(SAESource):
 
     @override
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(sorted(self.sae.cfg.to_dict())).encode())
+        config = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
+        digest = hashlib.sha256(config.encode())
         for name, tensor in sorted(self.sae.state_dict().items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def shown_origin(origin: str) -> str:
+    """An :attr:`SAESource.origin` as people write it."""
+    return origin.replace("\t", "/")
 
 
 def sources_of(saes: Mapping[str, SAE[Any] | Path | str | tuple[str, str]]) -> list[SAESource]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -34,7 +35,8 @@ class Protocol:
     Args:
         n_tokens: How many, special tokens not counted.
         context_size: Tokens in one sequence.
-        prepend_bos: Whether each sequence begins with BOS. None: as the SAEs were trained.
+        prepend_bos: Whether each sequence begins with BOS, where the tokenizer has one. None: as
+            the SAEs were trained.
         positions: "all" tokens of a sequence, or only the "last" one of each.
         concatenate: Whether documents are put in a row and cut into sequences. Otherwise each
             sequence is the beginning of one document, and documents that are too short are left
@@ -236,8 +238,6 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("the model has no tokenizer: bring a dataset of tokens instead of text")
     bos = model.tokenizer.bos_token_id
-    if bos is None and protocol.prepend_bos:
-        raise ValueError("the tokenizer has no BOS token: pass prepend_bos=False")
     tokens: Iterator[Tensor] = (
         model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)[0].cpu()
         for text in texts
@@ -260,6 +260,23 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
 
 
 # --- where documents come from ---
+
+
+def content_of(dataset: AnyDataset) -> str | None:
+    """A hash that changes when a local or in-memory dataset does; None for the hub and streams."""
+    if isinstance(dataset, Tensor):
+        return hashlib.sha256(dataset.cpu().numpy().tobytes()).hexdigest()[:16]
+    if isinstance(dataset, Dataset):
+        return dataset._fingerprint
+    if not isinstance(dataset, str | Path) or not Path(dataset).exists():
+        return None
+    place = Path(dataset)
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            about = file.stat()
+            digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _name(dataset: AnyDataset) -> str:

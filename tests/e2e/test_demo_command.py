@@ -26,7 +26,7 @@ def finished(tmp_path_factory):
     short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=2000, ce_tokens=2048)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DEMOS, "embedded", replace(demo, d_sae=384, k=40, setup=short))
-        patch.setenv("COLUMNS", "120")
+        patch.setenv("COLUMNS", "220")
         printed = []
         patch.setattr(cli.Console, "print", lambda self, *things: printed.extend(things))
         assert cli.main(["demo", "--out", str(out)]) == 0
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 def test_the_table_has_the_three_architectures(finished):
     _, table = finished
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert [row[0] for row in rows] == ["topafa", "topk", "batchtopk"]
+    assert [str(row[0]) for row in rows] == ["topafa", "topk", "batchtopk"]
     assert [column.header.replace("\n", " ") for column in table.columns] == [
         "SAE", "L0", "NMSE (mean)", "NMSE (median)", "CE recovered", "||z||", "||f||", "||f||/||z||", "over- activated",
         "ε LBO", "inter- ference", "cohe- rence", "dead", "training seconds",

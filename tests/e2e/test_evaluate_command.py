@@ -587,10 +587,11 @@ def counts(ran: Ran) -> tuple[int, int]:
 def assert_same_results(found: Path, expected: Path) -> None:
     """Exactly, column by column, in the tables and in the files."""
     one, other = AFAResults.load(found), AFAResults.load(expected)
+    same_folders = one.summary.pop("source").equals(other.summary.pop("source"))
     for name in ("summary", "tokens", "sequences"):
         pd.testing.assert_frame_equal(getattr(one, name), getattr(other, name), check_exact=True)
     assert one.metadata == other.metadata
-    for file in ("summary.csv", "results.json"):
+    for file in ("summary.csv", "results.json") if same_folders else ():
         assert (found / file).read_bytes() == (expected / file).read_bytes(), file
     names = ["results.json", "sequences.parquet", "summary.csv", "tokens.parquet"]
     assert sorted(place.name for place in found.iterdir()) == names
@@ -941,7 +942,7 @@ def test_a_dataset_that_has_changed_is_refused(saes: Path, tmp_path: Path, run: 
     before = AFAResults.load(out)
     text.write_text(texts[2] + texts[3], encoding="utf-8")
     message = run("--path", saes / "a", "--path", saes / "b", *command).error()
-    assert "the dataset gives other tokens" in message
+    assert "dataset_content was" in message
     pd.testing.assert_frame_equal(AFAResults.load(out).tokens, before.tokens)
 
 

@@ -8,10 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from helpers.afa_oracle import metrics_of_dictionary
 from helpers.models import tiny_hooked_sae_transformer
 from sae_lens import (
     SAE,
+    BatchTopKTrainingSAE,
+    BatchTopKTrainingSAEConfig,
     StandardSAE,
     StandardSAEConfig,
     TemporalSAE,
@@ -25,6 +28,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from sae_afa_plugin import AFAResults, TopAFASAE, TopAFASAEConfig, evaluate_saes
 from sae_afa_plugin.demo.model import _tokenizer
 from sae_afa_plugin.metrics import summarize
+from sae_afa_plugin.models import hook_in, wanted_hooks
+from sae_afa_plugin.sources import sources_of_release
 
 D_MODEL, HEADS, D_HEAD = 16, 4, 4
 BOS = 0
@@ -338,6 +343,8 @@ def test_nothing_that_can_be_evaluated_is_an_error(model, tokens):
         ({"protocol": "papers"}, r"protocol must be one of \['default', 'paper'\]: got 'papers'"),
         ({"positions": "first"}, "positions must be 'all' or 'last': got 'first'"),
         ({"n_tokens": 0}, "n_tokens must be at least 1: got 0"),
+        ({"batch_size_prompts": 0}, "batch_size_prompts must be at least 1: got 0"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used"),
         ({"context_size": 20}, r"shape \[n, 20 or more\]: got \(9, 12\)"),
         ({"exclude_special_tokens": True}, "the model has no tokenizer, so its special tokens"),
         ({"exclude_special_tokens": tuple(range(50))}, "no token is left to evaluate"),
@@ -436,14 +443,99 @@ def test_an_sae_that_has_changed_is_evaluated_again(model, tokens, tmp_path):
     assert AFAResults.load(tmp_path).summary.loc["a", "nmse_mean"] == pytest.approx(after)
 
 
+def test_a_changed_hook_is_a_changed_sae(model, tokens, tmp_path):
+    sae = standard("blocks.0.hook_resid_pre")
+    evaluate({"a": sae}, model, tokens, out=tmp_path)
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    results = evaluate({"a": sae}, model, tokens, out=tmp_path)
+    assert results.summary.loc["a", "hook_name"] == "blocks.1.hook_resid_post"
+    x = activations(model, tokens, "blocks.1.hook_resid_post")
+    assert_rows(results.tokens, by_definition(sae, x))
+
+
+def test_another_sae_of_the_same_name_is_refused(model, tokens, tmp_path):
+    for folder in ("one/sae", "two/sae"):
+        standard(seed=len(folder)).save_model(tmp_path / folder)
+    out = tmp_path / "out"
+    evaluate({"sae": tmp_path / "one/sae"}, model, tokens, out=out)
+    with pytest.raises(ValueError, match=r"'sae' in .*out' is another SAE \(.*one/sae\): use"):
+        evaluate({"sae": tmp_path / "two/sae"}, model, tokens, out=out)
+
+
+def test_a_batchtopk_sae_in_training_can_be_kept(model, tokens, tmp_path):
+    cfg = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=40, k=4)  # has a buffer of no dimension
+    sae = uneven(BatchTopKTrainingSAE(cfg), "blocks.1.hook_resid_pre")
+    assert len(evaluate({"sae": sae}, model, tokens, out=tmp_path).tokens) == 99
+
+
+def test_tiny_values_are_kept_to_the_last_digit(model, tokens, tmp_path):
+    results = evaluate({"a": standard()}, model, tokens, out=tmp_path)
+    results.summary["epsilon_lbo_median"] = 2.3912345678901e-9
+    results.save(tmp_path)
+    written = json.loads((tmp_path / "results.json").read_text())["saes"]["a"]
+    assert written["epsilon_lbo_median"] == 2.3912345678901e-9
+    assert written["tokens"] == 99
+    assert written["catalogue_l0"] is None
+
+
+def test_a_token_that_is_not_finite_makes_no_feature_alive(tokens):
+    model = tiny_hooked_sae_transformer(D_MODEL)
+    with torch.no_grad():
+        model.embed.W_E[7] = torch.nan
+    sae = standard("hook_embed")
+    with torch.no_grad():
+        sae.b_enc[:5] = -1e4
+    for sparse in (-1.0, 1.0):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sae_afa_plugin.families._SPARSE_BELOW", sparse)
+            assert evaluate({"a": sae}, model, tokens).summary.loc["a", "dead_features"] >= 5
+
+
+def test_another_model_or_dataset_in_the_same_folder_is_refused(model, tokens, tmp_path):
+    saes = {"a": standard()}
+    evaluate(saes, model, tokens, out=tmp_path / "tensor")
+    with pytest.raises(ValueError, match="dataset_content was"):
+        evaluate(saes, model, tokens.flip(0), out=tmp_path / "tensor")
+    other = tiny_hooked_sae_transformer(D_MODEL, seed=5)
+    with pytest.raises(ValueError, match="model_content was"):
+        evaluate(saes, other, tokens, out=tmp_path / "tensor")
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"tokens": tokens[0].tolist()}))
+    evaluate(saes, model, text, out=tmp_path / "file", context_size=12)
+    text.write_text(json.dumps({"tokens": tokens[1].tolist()}) + "\n")
+    with pytest.raises(ValueError, match="dataset_content was"):
+        evaluate(saes, model, text, out=tmp_path / "file", context_size=12)
+
+
+def test_layers_of_a_cross_layer_transcoder_are_refused():
+    release = "mntss-gemma-2-2b-2.5m-clt-as-per-layer"
+    sources = sources_of_release(release)
+    assert "one layer of a cross-layer transcoder" in sources[0].why_not()
+
+
+def test_gemma_scope_2_means_the_input_of_the_mlp_behind_its_layer_norm():
+    gemma = {
+        "hook_name": "blocks.3.hook_mlp_in",
+        "hf_hook_name": "model.layers.3.pre_feedforward_layernorm.output",
+    }
+    assert hook_in(None, gemma) == "blocks.3.mlp.hook_in"
+    assert wanted_hooks(gemma) == {
+        "blocks.3.mlp.hook_in", "model.layers.3.pre_feedforward_layernorm",
+    }  # fmt: skip
+    assert hook_in(None, {"hook_name": "blocks.3.hook_mlp_in"}) == "blocks.3.hook_mlp_in"
+
+
 def test_other_settings_or_other_tokens_in_the_same_folder_are_refused(model, tokens, tmp_path):
     saes = {"a": standard()}
     evaluate(saes, model, tokens, out=tmp_path)
     with pytest.raises(ValueError, match="n_tokens was 50000 and is 20"):
         evaluate(saes, model, tokens, out=tmp_path, n_tokens=20)
     saes["b"] = standard(seed=2)
+    stream = Dataset.from_dict({"tokens": tokens.tolist()}).to_iterable_dataset()
+    other = Dataset.from_dict({"tokens": tokens.flip(0).tolist()}).to_iterable_dataset()
+    evaluate({"a": saes["a"]}, model, stream, out=tmp_path / "stream", context_size=12)
     with pytest.raises(ValueError, match="the dataset gives other tokens"):
-        evaluate(saes, model, tokens.flip(0), out=tmp_path)
+        evaluate(saes, model, other, out=tmp_path / "stream", context_size=12)
     assert list(AFAResults.load(tmp_path).summary.index) == ["a"]
 
 
