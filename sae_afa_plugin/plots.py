@@ -15,7 +15,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, to_rgba
+from matplotlib.colors import LinearSegmentedColormap, to_hex, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
@@ -30,7 +30,7 @@ _CELLS = 160  # of a density, along each axis
 # Okabe and Ito's palette without its yellow, which is too light on paper
 _FEW = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 _MARKERS = "osD^vPX*"
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -76,7 +76,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     if len(names) <= len(_FEW):
         return dict(zip(names, _FEW, strict=False))
     ramp = matplotlib.colormaps["viridis"](np.linspace(0, 0.92, len(names)))
-    return {name: matplotlib.colors.to_hex(c) for name, c in zip(names, ramp, strict=True)}
+    return {name: to_hex(shade) for name, shade in zip(names, ramp, strict=True)}
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -99,7 +99,7 @@ def _styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 def groups(results: AFAResults) -> Iterator[tuple[str, pd.DataFrame]]:
     """The tokens of each SAE, in the order of the summary."""
-    of = results.tokens.groupby("sae", observed=True)
+    of: Any = results.tokens.groupby("sae", observed=True)
     for name in results.summary.index:
         yield str(name), of.get_group(name)
 
@@ -522,7 +522,8 @@ def frontier_plot(
     best = (np.inf, 0.0)
     for number, (name, of_kind) in enumerate(points.groupby("kind")):
         runs = of_kind.groupby("group")[["l0", "error"]]
-        mean, spread = runs.mean(), runs.std(ddof=1)
+        mean: Any = runs.mean()
+        spread: Any = runs.std(ddof=1)
         order = mean["l0"].argsort().to_numpy()
         mean, spread = mean.iloc[order], spread.iloc[order]
         ax.errorbar(

@@ -91,6 +91,9 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
         lstrip_blocks=True,
     )
     columns = shown_columns(results.summary)
+    facts: list[tuple[str, dict[Any, Any]]] = [
+        (str(name), row.to_dict()) for name, row in results.summary.iterrows()
+    ]
     names = [str(name) for name in results.summary.index]
     drawn = {name: draw for name, draw in plots.drawable(results).items() if name != "zf"}
     n_drawn = sum(len(group) for group in _sampled(results, n_points).values())
@@ -108,15 +111,12 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
         },
         rows=[
             (
-                str(name),
+                name,
                 [(shown(column, row[column]), _sortable(row[column])) for column in columns],
             )
-            for name, row in results.summary.iterrows()
+            for name, row in facts
         ],
-        about=[
-            (str(name), {k: row[k] for k in _ABOUT if k in row and not pd.isna(row[k])})
-            for name, row in results.summary.iterrows()
-        ],
+        about=[(name, _about(row)) for name, row in facts],
         n_tokens=int(results.summary["tokens"].max()),
         n_all=len(results.tokens),
         n_drawn=n_drawn,
@@ -131,6 +131,11 @@ _ABOUT = (
     "source", "architecture", "d_in", "d_sae", "hook_name", "hook_name_out",
     "normalize_activations", "dtype", "tokens", "special_tokens", "nonfinite_tokens",
 )  # fmt: skip
+
+
+def _about(row: dict[Any, Any]) -> dict[str, str]:
+    known = {key: row[key] for key in _ABOUT if not bool(pd.isna(row.get(key)))}
+    return {key: str(value).replace("\t", "/") for key, value in known.items()}
 
 
 def _sortable(value: Any) -> float:
@@ -150,7 +155,7 @@ def reproducing_command(results: AFAResults) -> str:
         results: With ``settings`` in their metadata.
     """
     settings = results.metadata.get("settings", {})
-    sources = results.summary.get("source", pd.Series(dtype=str)).dropna().astype(str)
+    sources = [str(row.get("source", "in memory")) for _, row in results.summary.iterrows()]
     parts = ["sae-afa", "evaluate"]
     of_releases = [source.split("\t") for source in sources if "\t" in source]
     for release in dict.fromkeys(release for release, _ in of_releases):
@@ -219,10 +224,9 @@ def _interactive(results: AFAResults, n_points: int) -> dict[str, Any]:
     }
 
 
-def _packed(values: pd.Series[Any], dtype: type) -> str:
-    return base64.b64encode(
-        values.to_numpy(dtype).astype(np.dtype(dtype).newbyteorder("<"))
-    ).decode()
+def _packed(values: Any, dtype: type) -> str:
+    little_endian = values.to_numpy(dtype).astype(np.dtype(dtype).newbyteorder("<"))
+    return base64.b64encode(little_endian.tobytes()).decode()
 
 
 # --- the most over- and under-activated tokens ---
@@ -241,7 +245,7 @@ def _extremes(results: AFAResults) -> list[tuple[str, list[dict[str, Any]], list
     return found
 
 
-def _in_context(row: pd.Series[Any], ratio: float, texts: Any, size: int) -> dict[str, Any]:
+def _in_context(row: Any, ratio: float, texts: Any, size: int) -> dict[str, Any]:
     start, at = int(row["sequence"]) * size, int(row["position"])
     first, last = max(0, at - _CONTEXT), min(size, at + _CONTEXT + 1)
     return {
