@@ -151,34 +151,38 @@ def _png(figure: Any) -> str:
 def reproducing_command(results: AFAResults) -> str:
     """The command that makes these results, as far as they came from files and the hub.
 
+    One line for each release.
+
     Args:
         results: With ``settings`` in their metadata.
     """
     settings = results.metadata.get("settings", {})
     sources = [str(row.get("source", "in memory")) for _, row in results.summary.iterrows()]
-    parts = ["sae-afa", "evaluate"]
     of_releases = [source.split("\t") for source in sources if "\t" in source]
-    for release in dict.fromkeys(release for release, _ in of_releases):
-        parts.append(release)
-        for _, sae_id in (pair for pair in of_releases if pair[0] == release):
-            parts += ["--sae-id", sae_id]
+    # one release for each command: the next goes on in the same folder
+    wanted = {release: [release] for release, _ in of_releases} or {"": []}
+    for release, sae_id in of_releases:
+        wanted[release] += ["--sae-id", sae_id]
     for source in sources:
         if "\t" not in source and source != "in memory":
-            parts += ["--path", source]
+            next(iter(wanted.values())).extend(["--path", source])
+    same: list[str] = []
     if settings.get("positions") == "last":
-        parts += ["--protocol", "paper"]
+        same += ["--protocol", "paper"]
     for flag, key in (
         ("--model", "model_argument"), ("--dataset", "dataset"),
-        ("--dataset-config", "dataset_config"), ("--tokens", "n_tokens"),
+        ("--dataset-config", "dataset_config"), ("--split", "split"), ("--tokens", "n_tokens"),
         ("--context-size", "context_size"), ("--seed", "seed"),
     ):  # fmt: skip
         if settings.get(key) is not None and settings[key] != "in memory":
-            parts += [flag, str(settings[key])]
+            same += [flag, str(settings[key])]
+    if settings.get("prepend_bos") is not None:
+        same.append("--bos" if settings["prepend_bos"] else "--no-bos")
     if settings.get("exclude_special_tokens") is False:
-        parts.append("--keep-special-tokens")
+        same.append("--keep-special-tokens")
     if settings.get("core_tokens"):
-        parts.append("--core")
-    return shlex.join(parts)
+        same.append("--core")
+    return "\n".join(shlex.join(["sae-afa", "evaluate", *of, *same]) for of in wanted.values())
 
 
 # --- the interactive plot ---

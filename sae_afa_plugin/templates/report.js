@@ -86,12 +86,22 @@
     yaxis: { ...axis, title: { text: "norm of the features ‖f‖" } },
   }, { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
 
+  if (step > 1) {
+    const drawn = shown.reduce((sum, of) => sum + of.length, 0).toLocaleString("en");
+    $("hint").prepend(`Without WebGL, only ${drawn} of these points are drawn here. `);
+  }
+
   // --- one token ---
+  const ring = points.length + lines.length;
+  let marked = null;
+  const ratio = (sae, i) => sae.z[i] > 0 ? sae.f[i] / sae.z[i] : NaN;
   const show = (s, i) => {
     const sae = saes[s];
-    const number = (value) => Number.isNaN(value) ? "undefined" : value.toPrecision(3);
+    marked = s;
+    const known = (value, text) => Number.isNaN(value) ? "undefined" : text;
+    const number = (value) => known(value, value.toPrecision(3));
     $("figures").textContent =
-      `${sae.name}: ‖z‖ ${number(sae.z[i])}, ‖f‖ ${number(sae.f[i])}, ratio ${(sae.f[i] / sae.z[i]).toFixed(3)}, ` +
+      `${sae.name}: ‖z‖ ${number(sae.z[i])}, ‖f‖ ${number(sae.f[i])}, ratio ${known(ratio(sae, i), ratio(sae, i).toFixed(3))}, ` +
       `NMSE ${number(sae.nmse[i])}, interference ${number(sae.interference[i])}, L0 ${sae.l0[i]}`;
     const place = sae.place[i];
     const start = place - (place % data.size);
@@ -100,7 +110,7 @@
     const mark = document.createElement("mark");
     mark.textContent = text(place, place + 1);
     $("context").replaceChildren(text(place - data.context, place), mark, text(place + 1, place + data.context + 1));
-    Plotly.restyle("zf", { x: [[xs[s][i]]], y: [[sae.f[i]]] }, [points.length + lines.length]);
+    Plotly.restyle("zf", { x: [[xs[s][i]]], y: [[sae.f[i]]], visible: true }, [ring]);
   };
   let alone = null;
   $("zf").on("plotly_hover", ({ points: [point] }) => {
@@ -117,7 +127,8 @@
     alone = alone === s ? null : s;
     document.querySelectorAll("#chips button").forEach((button) =>
       button.setAttribute("aria-pressed", String(alone === Number(button.dataset.sae))));
-    Plotly.restyle("zf", { visible: saes.map((_, n) => alone === null || alone === n) }, saes.map((_, n) => n));
+    const visible = [...saes.keys(), marked].map((n) => alone === null || alone === n);
+    Plotly.restyle("zf", { visible }, [...saes.keys(), ring]);
     stepped = { sae: -1, order: [], at: 0 };
   };
   document.querySelectorAll("#chips button").forEach((button) =>
@@ -126,9 +137,11 @@
     const s = alone ?? 0;
     if (stepped.sae !== s) {
       const sae = saes[s];
-      const order = [...shown[s]].sort((a, b) => sae.f[a] / sae.z[a] - sae.f[b] / sae.z[b]);
+      const order = shown[s].filter((i) => ratio(sae, i) >= 0)
+        .sort((a, b) => ratio(sae, a) - ratio(sae, b));
       stepped = { sae: s, order, at: by > 0 ? -1 : order.length };
     }
+    if (stepped.order.length === 0) return;
     stepped.at = Math.min(stepped.order.length - 1, Math.max(0, stepped.at + by));
     show(s, stepped.order[stepped.at]);
   };

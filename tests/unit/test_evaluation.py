@@ -454,8 +454,8 @@ def test_a_changed_hook_is_a_changed_sae(model, tokens, tmp_path):
 
 
 def test_another_sae_of_the_same_name_is_refused(model, tokens, tmp_path):
-    for folder in ("one/sae", "two/sae"):
-        standard(seed=len(folder)).save_model(tmp_path / folder)
+    for seed, folder in enumerate(("one/sae", "two/sae")):
+        standard(seed=seed).save_model(tmp_path / folder)
     out = tmp_path / "out"
     evaluate({"sae": tmp_path / "one/sae"}, model, tokens, out=out)
     with pytest.raises(ValueError, match=r"'sae' in .*out' is another SAE \(.*one/sae\): use"):
