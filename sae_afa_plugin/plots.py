@@ -109,13 +109,18 @@ def is_constant(values: np.ndarray) -> bool:
     return bool(np.ptp(values) <= 1e-3 * np.median(np.abs(values)))
 
 
+def _literal(name: str) -> str:
+    """A name as matplotlib is to write it: between two dollars it would read mathematics."""
+    return name.replace("$", r"\$")
+
+
 def _legend(ax: Axes, names: Sequence[str], colour: Mapping[str, str]) -> None:
     """Beside the axes, so that it covers no data; on two columns where it would be too long."""
     if len(names) > 1:
         handles = [Line2D([], [], color=colour[n], marker="o", ls="", ms=5) for n in names]
         ax.legend(
             handles,
-            names,
+            [_literal(name) for name in names],
             loc="upper left",
             bbox_to_anchor=(1.02, 1.0),
             fontsize="small",
@@ -272,7 +277,7 @@ def _violins(
 
 
 def _names_below(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_xticks(range(len(names)), names)
+    ax.set_xticks(range(len(names)), [_literal(name) for name in names])
     if len(names) > 4 or max(map(len, names)) > 12:
         for label in ax.get_xticklabels():
             label.set(rotation=40, ha="right", rotation_mode="anchor", fontsize=8)
@@ -536,7 +541,7 @@ def frontier_plot(
             ms=5,
             lw=1.2,
             capsize=2,
-            label=str(name),
+            label=_literal(str(name)),
         )
         lowest = mean["error"].idxmin()
         best = min(best, (mean["error"][lowest], mean["l0"][lowest]))

@@ -151,7 +151,7 @@ def _png(figure: Any) -> str:
 def reproducing_command(results: AFAResults) -> str:
     """The command that makes these results, as far as they came from files and the hub.
 
-    One line for each release.
+    One line for each release; empty where all SAEs were objects.
 
     Args:
         results: With ``settings`` in their metadata.
@@ -174,15 +174,21 @@ def reproducing_command(results: AFAResults) -> str:
         ("--dataset-config", "dataset_config"), ("--split", "split"), ("--tokens", "n_tokens"),
         ("--context-size", "context_size"), ("--seed", "seed"),
     ):  # fmt: skip
-        if settings.get(key) is not None and settings[key] != "in memory":
+        if settings.get(key) == "in memory":
+            same += [flag, "YOUR_DATASET"]
+        elif settings.get(key) is not None:
             same += [flag, str(settings[key])]
+    if settings.get("model_content") is not None:  # it was an object
+        same += ["--model", "YOUR_MODEL"]
     if settings.get("prepend_bos") is not None:
         same.append("--bos" if settings["prepend_bos"] else "--no-bos")
     if settings.get("exclude_special_tokens") is False:
         same.append("--keep-special-tokens")
     if settings.get("core_tokens"):
         same.append("--core")
-    return "\n".join(shlex.join(["sae-afa", "evaluate", *of, *same]) for of in wanted.values())
+    return "\n".join(
+        shlex.join(["sae-afa", "evaluate", *of, *same]) for of in wanted.values() if of
+    )
 
 
 # --- the interactive plot ---

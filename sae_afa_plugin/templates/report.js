@@ -84,7 +84,11 @@
       ? { tickvals: saes.map((_, s) => s), ticktext: saes.map((sae) => safe(sae.name)), range: [-0.6, saes.length - 0.4], zeroline: false }
       : { ...axis, title: { text: "norm of the input ‖z‖" } },
     yaxis: { ...axis, title: { text: "norm of the features ‖f‖" } },
-  }, { responsive: true, displaylogo: false, scrollZoom: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] });
+  }, {
+    responsive: true, displaylogo: false, scrollZoom: false,
+    // Plotly's own button would upload the data
+    plotlyServerURL: "", modeBarButtonsToRemove: ["select2d", "lasso2d", "sendChartToCloud", "sendDataToCloud"],
+  });
 
   if (step > 1) {
     const drawn = shown.reduce((sum, of) => sum + of.length, 0).toLocaleString("en");

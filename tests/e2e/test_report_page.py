@@ -24,10 +24,17 @@ from sae_afa_plugin.report import write_report
 
 BROWSER = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
 OPTIONS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--enable-unsafe-swiftshader --window-size=1280,900"
-).split()
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-unsafe-swiftshader",
+    "--window-size=1280,900",
+)
 STRANGE = "<b>bold</b> & <script>window.hacked = 1</script>"
 LONG = "gemma_scope_2b_pt_res_layer_20_width_16k_average_l0_71_without_any_space"
 NAMES = ["topk", STRANGE, "Batch", LONG]
@@ -62,7 +69,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def results():
-    return made_up_results(NAMES, 320)
+    return made_up_results(NAMES, 320, context_size=64)  # more than is shown around a token
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +140,7 @@ def apart(driver, sae: int) -> list[int]:
             [xaxis.d2p(x), yaxis.d2p(t.y[i])]));"""
     )
     own, every = np.array(clouds[sae]), np.concatenate([np.array(c) for c in clouds])
+    own = own[:400]
     distance = np.hypot(*(own[:, None] - every[None]).transpose(2, 0, 1))
     room = np.sort(distance, axis=1)[:, 1]
     width, height = driver.execute_script(
@@ -215,6 +223,16 @@ def test_nothing_in_the_page_names_an_address_to_load(page):
     )
     assert "@import" not in styles
     assert re.findall(r"url\((?!\s*[\"']?(?:data:|#))[^)]*", styles) == []
+
+
+def test_no_button_of_the_plot_sends_its_data_away(page):
+    labels = page.execute_script(
+        "return Array.from(document.querySelectorAll('.modebar-btn'), (b) => b.dataset.title)"
+    )
+    assert "Download plot as a PNG" in labels
+    assert [label for label in labels if re.search("share|cloud|edit|upload", label, re.I)] == []
+    server = "return document.getElementById('zf')._context.plotlyServerURL"
+    assert page.execute_script(server) == ""
 
 
 def test_names_and_texts_do_no_harm_and_are_shown_as_they_are(page):
@@ -343,7 +361,7 @@ def test_every_hostile_token_can_be_stepped_to_without_harm(browser, tmp_path):
     opened(browser, write_report(results, tmp_path))
     seen = set()
     for _ in range(16):
-        browser.find_element(By.ID, "next").click()
+        browser.execute_script("document.getElementById('next').click()")
         seen.add(text_of(browser, "#context mark"))
     assert seen == {text.replace("\n", "⏎") for text in HOSTILE}
     assert harmless(browser)
@@ -361,7 +379,7 @@ def test_tokens_without_a_ratio_are_passed_over(browser, tmp_path):
     assert len(order) == 34
     seen = []
     for _ in range(len(order) + 2):
-        browser.find_element(By.ID, "next").click()
+        browser.execute_script("document.getElementById('next').click()")
         seen.append(float(text_of(browser, "#figures").split("ratio ")[1].split(",")[0]))
         if len(seen) == order.index(5) + 1:
             assert "NMSE undefined, interference undefined" in text_of(browser, "#figures")

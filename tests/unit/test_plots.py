@@ -329,6 +329,13 @@ def test_several_results_side_by_side():
         plots.merged([])
 
 
+def test_dollars_in_a_name_are_no_mathematics(tmp_path):
+    results = results_of(["a$x_{$", "b"])
+    plots.save_plots(results, tmp_path)
+    (ax,) = plots.coherence_plot(results).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == [r"a\$x_{\$", "b"]
+
+
 def test_colours_of_few_and_of_many():
     assert len(set(plots.colours([str(i) for i in range(7)]).values())) == 7
     many = plots.colours([str(i) for i in range(13)])

@@ -59,7 +59,8 @@ class Page(HTMLParser):
         """The cells of the body of a table."""
         tables = [n for n, (tag, _, _) in enumerate(self.elements) if tag == "table"]
         rows: list[list[str]] = []
-        for tag, _, text in self.elements[tables[number] : [*tables, None][number + 1]]:
+        end = [*tables[1:], None][number]
+        for tag, _, text in self.elements[tables[number] : end]:
             if tag == "tr":
                 rows.append([])
             elif tag in ("td", "th") and rows:
@@ -131,7 +132,7 @@ def test_the_extremes_are_exactly_the_tokens_with_the_outermost_ratios():
         }
     )
     table = sequences[["sequence", "position", "token_id"]].assign(
-        **{name: 1.0 for name in AFATokenMetrics._fields}, over_activated=False, l0=7
+        **dict.fromkeys(AFATokenMetrics._fields, 1.0) | {"over_activated": False, "l0": 7}
     )
     ratio = np.ones(n)
     most, least = [31, 0, 19, 20, 39, 5, 6, 7], [8, 22, 1, 18, 38, 21, 11, 12]
@@ -302,7 +303,7 @@ def test_the_command_of_folders_names_each():
     assert args["sae_id"] is None
     assert list(map(str, args["path"])) == ["/saes/one", "/saes/with 'quotes' and $HOME"]
     assert args["bos"] is True
-    assert args["model"] is args["dataset"] is None
+    assert (args["model"], args["dataset"]) == (None, "YOUR_DATASET")  # it was in memory
     assert not args["core"]
     assert not args["keep_special_tokens"]
 
@@ -316,9 +317,11 @@ def test_the_command_of_the_papers_protocol_names_it():
 def test_what_was_in_memory_is_in_no_command():
     [args] = parsed(of(["in memory", "/saes/one", "in memory"]))
     assert list(map(str, args["path"])) == ["/saes/one"]
-    [args] = parsed(of(["in memory"], n_tokens=99))
-    assert (args["release"], args["path"], args["tokens"]) == (None, [], 99)
-    assert "memory" not in reproducing_command(of(["in memory"]))
+    [args] = parsed(of(["/saes/one"], model_content="0123"))
+    assert args["model"] == "YOUR_MODEL"
+    results = of(["in memory"], n_tokens=99)
+    assert reproducing_command(results) == ""
+    assert "The SAEs were objects in Python" in render_report(results)
 
 
 def test_there_is_one_command_for_each_release():
