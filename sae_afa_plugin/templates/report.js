@@ -76,7 +76,7 @@
   };
   const axis = { type: log ? "log" : "linear", range: log ? ends.map(Math.log10) : ends, zeroline: false, linecolor: "#888", ticks: "outside" };
   Plotly.newPlot("zf", [...points, ...lines.map(lineOf), chosen], {
-    margin: { l: 60, r: 12, t: 12, b: data.lanes ? 90 : 50 },
+    margin: { l: 60, r: data.lanes ? 50 : 12, t: 12, b: data.lanes ? 90 : 50 },
     showlegend: false,
     hovermode: "closest",
     dragmode: "pan",
