@@ -174,7 +174,7 @@ def main() -> None:
     ]
     lines = [
         f"{LAYERS} SAEs {D_IN} x {args.d_sae:,}, {args.tokens:,} tokens, mean L0 "
-        f"{found['evaluator'][0]['l0']:.0f}, {args.repeats} runs each, {platform.processor()}, "
+        f"{found['evaluator'][0]['l0']:.0f}, {args.repeats} runs each, {platform.machine()}, "
         f"torch {version('torch')}, sae-lens {version('sae-lens')}",
         "",
         "| | seconds (median) | tokens x SAEs / s | peak memory, GiB |",
