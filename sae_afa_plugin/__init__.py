@@ -4,7 +4,9 @@ Importing this package registers the architecture, so that it can be chosen by n
 SAELens takes one.
 """
 
-from sae_afa_plugin import plots
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from sae_afa_plugin.activation import top_afa
 from sae_afa_plugin.evals import AFAEvalConfig, AFAEvaluator, run_evals
 from sae_afa_plugin.evaluation import evaluate_release, evaluate_saes
@@ -12,7 +14,6 @@ from sae_afa_plugin.families import afa_token_metrics
 from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilon_lbo
 from sae_afa_plugin.recipes import paper_runner_config
 from sae_afa_plugin.registration import register
-from sae_afa_plugin.report import write_report
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sae import (
     TopAFASAE,
@@ -20,6 +21,10 @@ from sae_afa_plugin.sae import (
     TopAFATrainingSAE,
     TopAFATrainingSAEConfig,
 )
+
+if TYPE_CHECKING:
+    from sae_afa_plugin import plots
+    from sae_afa_plugin.report import write_report
 
 __version__ = "0.1.0"
 
@@ -44,5 +49,15 @@ __all__ = [
     "top_afa",
     "write_report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # matplotlib takes half a second to import, which training and evaluating need not pay
+    if name == "plots":
+        return import_module("sae_afa_plugin.plots")
+    if name == "write_report":
+        return import_module("sae_afa_plugin.report").write_report
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 register()

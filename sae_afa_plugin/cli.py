@@ -14,15 +14,14 @@ from rich.console import Console
 from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from safetensors import SafetensorError
 
+import sae_afa_plugin
 from sae_afa_plugin import __version__
 from sae_afa_plugin.comparison import EVALUATION_FOLDER
 from sae_afa_plugin.demo.model import embedded_model_facts
 from sae_afa_plugin.demo.run import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.models import check_model_name
-from sae_afa_plugin.plots import save_plots
-from sae_afa_plugin.report import REPORT_FILENAME, write_report
-from sae_afa_plugin.results import RESULTS_FILENAME, AFAResults, results_table
+from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults, results_table
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tokens import PROTOCOLS
 from sae_afa_plugin.training import LOG_FILENAME, LoggedTrainingRunner
@@ -79,9 +78,6 @@ def _parser() -> argparse.ArgumentParser:
         "several SAEs, error against sparsity. No model is needed.",
         allow_abbrev=False,
     )
-    plot.add_argument(
-        "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
-    )
     plot.add_argument("--out", type=Path, help="folder for the figures (default: DIR/figures)")
 
     report = commands.add_parser(
@@ -92,10 +88,11 @@ def _parser() -> argparse.ArgumentParser:
         "under-activated tokens, and how to read them. It works without a network.",
         allow_abbrev=False,
     )
-    report.add_argument(
-        "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
-    )
     report.add_argument("--out", type=Path, help=f"the file (default: DIR/{REPORT_FILENAME})")
+    for of_results in (plot, report):
+        of_results.add_argument(
+            "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
+        )
 
     commands.add_parser(
         "train",
@@ -293,7 +290,7 @@ def _demo(model: str, out: Path) -> None:
             f"{facts['validation_bits_per_token']:.2f} bits per token "
             f"(unigram entropy {facts['unigram_bits_per_token']:.2f})."
         )
-    report = write_report(results, out / EVALUATION_FOLDER)
+    report = sae_afa_plugin.write_report(results, out / EVALUATION_FOLDER)
     console.print(f"SAEs and training log: {out}\nResults: {out / EVALUATION_FOLDER}")
     console.print(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
 
@@ -334,11 +331,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _evaluate(args)
         elif args.command == "plot":
             figures = args.out or args.results / "figures"
-            for file in save_plots(AFAResults.load(args.results), figures):
+            for file in sae_afa_plugin.plots.save_plots(AFAResults.load(args.results), figures):
                 print(file)  # noqa: T201
         elif args.command == "report":
             path = args.out or args.results / REPORT_FILENAME
-            print(write_report(AFAResults.load(args.results), path))  # noqa: T201
+            print(sae_afa_plugin.write_report(AFAResults.load(args.results), path))  # noqa: T201
         else:
             _train(rest)
     except KeyboardInterrupt:

@@ -18,12 +18,12 @@ from sae_lens import SAE
 from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_afa_plugin.families import AFAReader, why_not
 from sae_afa_plugin.metrics import TokenColumns, is_finite, summarize
-from sae_afa_plugin.models import hook_in
+from sae_afa_plugin.models import hook_in, stop_layer
 from sae_afa_plugin.tokens import TokenSample
 
 # [tokens, d_sae] matrices of a chunk: 200 MB each in float32 for 49,152 features
@@ -131,13 +131,12 @@ def _activations(
     head = metadata.get("hook_head_index")
     assert hook is not None
     names = [hook] if hook_out is None else [hook, hook_out]
-    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
     for tokens in batches:
         _, cache = model.run_with_cache(
             tokens,
             prepend_bos=False,
             names_filter=names,
-            stop_at_layer=None if None in layers else max(layer or 0 for layer in layers),
+            stop_at_layer=stop_layer(names),
             **model_kwargs,
         )
         keep = ~torch.isin(tokens, special.to(tokens.device))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
+from functools import cache, partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -180,12 +181,12 @@ def evaluate_sources(
         dataset = _DATASETS["paper" if protocol == "paper" else "default"]
     say = how.say
 
-    configs, refused = _readable(sources)
-    if not configs:
+    readable, refused = _readable(sources)
+    if not readable:
         raise _none_left(refused)
-    which = _as_trained(which, configs, dataset, protocol == "default", fields, say)
+    which = _as_trained(which, readable, dataset, protocol == "default", fields, say)
     settings = {
-        "model": _identity(model, configs),
+        "model": _identity(model, readable),
         "model_argument": str(model) if isinstance(model, str | Path) else None,
         "model_content": _weights_of(model),
         "dataset": str(dataset) if isinstance(dataset, str | Path) else "in memory",
@@ -207,21 +208,21 @@ def evaluate_sources(
             if source.name in done and _has_changed(source, done[source.name], folder):
                 del done[source.name]
                 say(f"{source.name} has changed since, and is evaluated again")
-    missing = [s for s in sources if s.name in configs and s.name not in done]
+    missing = [source for source in readable if source.name not in done]
     if done:
         say(f"{len(done)} SAEs were finished before, {len(missing)} are to do")
 
     if missing or folder is None:
         try:
-            model = _loaded(model, missing, configs, how, which)
+            model = _loaded(model, missing, how, which)
             sample = sample_tokens(model, dataset, which, dataset_config, split, how.progress)
             if sample.n_tokens < which.n_tokens:
                 say(f"the dataset has {sample.n_tokens:,} tokens, not {which.n_tokens:,}")
             sequences = _sequences_table(sample, model)
             if folder is not None:
                 folder.begin(sequences)
-            fitting = _fitting(missing, configs, model, refused)
-            for one in _evaluate_all(fitting, configs, sample, model, which, how, folder, refused):
+            fitting = _fitting(missing, model, refused)
+            for one in _evaluate_all(fitting, sample, model, which, how, folder, refused):
                 done[one.name] = one
         finally:
             if folder is not None:
@@ -261,11 +262,9 @@ def _options(protocol: Any, given: Mapping[str, Any]) -> tuple[Protocol, Evaluat
     )
 
 
-def _readable(
-    sources: Iterable[SAESource],
-) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The configs of the SAEs that can be evaluated, and why the others cannot."""
-    configs: dict[str, dict[str, Any]] = {}
+def _readable(sources: Iterable[SAESource]) -> tuple[list[SAESource], dict[str, str]]:
+    """The SAEs that can be evaluated, and why the others cannot."""
+    readable: list[SAESource] = []
     refused: dict[str, str] = {}
     for source in sources:
         try:
@@ -273,10 +272,10 @@ def _readable(
         except ValueError as error:
             reason = str(error)
         if reason is None:
-            configs[source.name] = source.config
+            readable.append(source)
         else:
             refused[source.name] = reason
-    return configs, refused
+    return readable, refused
 
 
 def _none_left(refused: Mapping[str, str]) -> ValueError:
@@ -287,14 +286,14 @@ def _none_left(refused: Mapping[str, str]) -> ValueError:
 
 def _as_trained(
     which: Protocol,
-    configs: Mapping[str, Mapping[str, Any]],
+    sources: Iterable[SAESource],
     dataset: AnyDataset,
     may_shorten: bool,
     given: Mapping[str, Any],
     say: Callable[[str], None],
 ) -> Protocol:
     """Fill in what follows from the SAEs: whether they know BOS, and how long their contexts are."""
-    metadata = [config["metadata"] for config in configs.values()]
+    metadata = [source.metadata for source in sources]
     if which.prepend_bos is None:
         known = {data["prepend_bos"] for data in metadata if data.get("prepend_bos") is not None}
         if len(known) > 1:
@@ -316,10 +315,10 @@ def _as_trained(
     return which
 
 
-def _identity(model: Any, configs: Mapping[str, Mapping[str, Any]]) -> str:
+def _identity(model: Any, sources: Iterable[SAESource]) -> str:
     """What the settings remember of the language model."""
     if model is None:
-        wanted = shared_model({name: config["metadata"] for name, config in configs.items()})
+        wanted = shared_model({source.name: source.metadata for source in sources})
         return " ".join(str(value) for value in wanted.values() if value)
     if isinstance(model, str | Path):
         return str(model)
@@ -356,13 +355,12 @@ def _has_changed(source: SAESource, before: FinishedSAE, folder: ResultsFolder) 
 def _loaded(
     model: Any,
     missing: Iterable[SAESource],
-    configs: Mapping[str, Mapping[str, Any]],
     how: Evaluation,
     which: Protocol,
 ) -> Any:
     if model is None or isinstance(model, str | Path):
         device = how.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        metadata = {s.name: configs[s.name]["metadata"] for s in missing}
+        metadata = {source.name: source.metadata for source in missing}
         if model is not None:  # it stands in for the one that the metadata name, or do not
             metadata = {name: {**d, "model_name": str(model)} for name, d in metadata.items()}
         hooks = {hook for data in metadata.values() for hook in wanted_hooks(data)}
@@ -375,23 +373,18 @@ def _loaded(
     return model
 
 
-def _fitting(
-    sources: Iterable[SAESource],
-    configs: Mapping[str, Mapping[str, Any]],
-    model: Any,
-    refused: dict[str, str],
-) -> list[SAESource]:
+def _fitting(sources: Iterable[SAESource], model: Any, refused: dict[str, str]) -> list[SAESource]:
     """The SAEs whose hooks exist and are as wide as they need; the others are refused."""
     fitting: list[SAESource] = []
+    check_once = cache(partial(check_hook, model))  # each costs a pass of the model
     for source in sources:
-        config = configs[source.name]
-        metadata = config["metadata"]
+        config, metadata = source.config, source.metadata
         try:
             for suffix, width in zip(_ENDS, (config["d_in"], config.get("d_out")), strict=True):
                 hook = hook_in(model, metadata, suffix)
                 if hook is not None and width is not None:
                     head = metadata.get(f"hook_head_index{suffix}")
-                    check_hook(model, hook, width, head)
+                    check_once(hook, width, head)
             fitting.append(source)
         except ValueError as error:
             refused[source.name] = str(error)
@@ -403,7 +396,6 @@ def _fitting(
 
 def _evaluate_all(
     sources: Sequence[SAESource],
-    configs: Mapping[str, Mapping[str, Any]],
     sample: TokenSample,
     model: Any,
     which: Protocol,
@@ -416,7 +408,7 @@ def _evaluate_all(
         hook
         for source in sources
         for suffix in _ENDS
-        if (hook := hook_in(model, configs[source.name]["metadata"], suffix)) is not None
+        if (hook := hook_in(model, source.metadata, suffix)) is not None
     }
     activations = RecordedActivations(
         model,
@@ -427,16 +419,18 @@ def _evaluate_all(
         scratch=None if folder is None else folder.folder,
         progress=how.progress,
     )
-    for source in tqdm(sources, desc="SAEs", unit="SAE", disable=not how.progress):
-        try:
-            one = _evaluate(source, activations, sample, model, which, how, keep=folder is not None)
-        except (ValueError, OSError) as error:
-            # the others go on, and what this one needs may be mended before the next run
-            refused[source.name] = " ".join(str(error).split())
-            continue
-        if folder is not None:
-            folder.add(one)
-        yield one
+    keep = folder is not None
+    with tqdm(sources, desc="SAEs", unit="SAE", disable=not how.progress) as bar:
+        for source in bar:
+            try:
+                one = _evaluate(source, activations, sample, model, which, how, keep)
+            except (ValueError, OSError) as error:
+                # the others go on, and what this one needs may be mended before the next run
+                refused[source.name] = " ".join(str(error).split())
+                continue
+            if folder is not None:
+                folder.add(one)
+            yield one
 
 
 def _evaluate(

@@ -9,7 +9,6 @@ Nothing here knows SAELens: which tensors an SAE of which family brings is in ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -326,8 +325,8 @@ def is_finite(tokens: pd.DataFrame) -> np.ndarray:
     Args:
         tokens: A table as :meth:`TokenColumns.frame` gives it.
     """
-    norms: Iterable[str] = ("norm_z", "norm_f", "norm_z_centered", "norm_f_centered")
-    finite = np.isfinite(tokens[list(norms)].to_numpy()).all(axis=1)
+    norms = ["norm_z", "norm_f", "norm_z_centered", "norm_f_centered"]
+    finite = np.isfinite(tokens[norms].to_numpy()).all(axis=1)
     # an NMSE is also NaN where z is zero, which is a value like any other
     nmse = tokens["nmse"].to_numpy()
     return finite & (np.isfinite(nmse) | (tokens["norm_z"].to_numpy() == 0))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from sae_lens.load_model import HookedProxyLM, load_model
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
@@ -163,3 +164,10 @@ def wanted_hooks(metadata: Mapping[str, Any]) -> set[str]:
             hf_name = str(metadata.get(f"hf_hook_name{suffix}") or "").removesuffix(".output")
             names |= {hook_in(None, metadata, suffix) or name, *([hf_name] if hf_name else [])}
     return names
+
+
+def stop_layer(hook_names: Iterable[str]) -> int | None:
+    """The ``stop_at_layer`` of a pass that reaches all these hooks; None for the whole model."""
+    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hook_names]
+    known = [layer for layer in layers if layer is not None]
+    return max(known) if len(known) == len(layers) else None

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_afa_plugin.models import stop_layer
 from sae_afa_plugin.tokens import TokenSample
 
 
@@ -51,8 +51,7 @@ class RecordedActivations:
         names = sorted(hook_names)
         if not names:
             return
-        layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in names]
-        stop = None if None in layers else max(layer for layer in layers if layer is not None)
+        stop = stop_layer(names)
         device = next(model.parameters()).device
         n_tokens, start = sample.n_tokens, 0
         with tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not progress) as bar:

@@ -21,9 +21,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_afa_plugin import plots
-from sae_afa_plugin.results import AFAResults, shown, shown_columns, write_whole
+from sae_afa_plugin.results import REPORT_FILENAME, AFAResults, shown, shown_columns, write_whole
 
-REPORT_FILENAME = "report.html"
 _POINTS = 100_000  # of the interactive plot, over all SAEs
 _EXTREMES = 8  # tokens on either side
 _CONTEXT = 14  # tokens before and after
@@ -96,7 +95,7 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
     ]
     names = [str(name) for name in results.summary.index]
     drawn = {name: draw for name, draw in plots.drawable(results).items() if name != "zf"}
-    n_drawn = sum(len(group) for group in _sampled(results, n_points).values())
+    sampled = _sampled(results, n_points)
     return environment.get_template("report.html.j2").render(
         made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         names=names,
@@ -119,10 +118,10 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
         about=[(name, _about(row)) for name, row in facts],
         n_tokens=int(results.summary["tokens"].max()),
         n_all=len(results.tokens),
-        n_drawn=n_drawn,
+        n_drawn=sum(map(len, sampled.values())),
         figures=[(*_EXPLAINED[name], _png(draw(results))) for name, draw in drawn.items()],
         extremes=_extremes(results),
-        data=Markup(json.dumps(_interactive(results, n_points)).replace("<", "\\u003c")),
+        data=Markup(json.dumps(_interactive(results, sampled)).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()),
     )
 
@@ -205,10 +204,9 @@ def _sampled(results: AFAResults, n_points: int) -> dict[str, pd.DataFrame]:
     }
 
 
-def _interactive(results: AFAResults, n_points: int) -> dict[str, Any]:
+def _interactive(results: AFAResults, sampled: dict[str, pd.DataFrame]) -> dict[str, Any]:
     size = int(results.sequences["position"].max()) + 1
     colour = plots.colours([str(name) for name in results.summary.index])
-    sampled = _sampled(results, n_points)
     where = results.sequences["token"].astype("category")
     lanes = all(plots.is_constant(g["norm_z"].to_numpy(float)) for _, g in plots.groups(results))
     return {

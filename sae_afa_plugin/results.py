@@ -32,6 +32,7 @@ from rich.text import Text
 
 SCHEMA_VERSION = 1
 RESULTS_FILENAME = "results.json"
+REPORT_FILENAME = "report.html"
 SUMMARY_FILENAME = "summary.csv"
 TOKENS_FILENAME = "tokens.parquet"
 SEQUENCES_FILENAME = "sequences.parquet"

@@ -90,6 +90,11 @@ class SAESource(ABC):
         return config
 
     @property
+    def metadata(self) -> dict[str, Any]:
+        """Of the config: which model and hooks the SAE belongs to."""
+        return self.config["metadata"]
+
+    @property
     @abstractmethod
     def where(self) -> str:
         """Where it came from, for people."""
@@ -105,12 +110,12 @@ class SAESource(ABC):
     def why_not(self) -> str | None:
         """Why it cannot be evaluated, as far as that is known before loading; None if it can."""
         config = self.config
-        if not config["metadata"].get("hook_name"):
+        if not self.metadata.get("hook_name"):
             return "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
         return why_not(
             config["architecture"],
             self._normalization_after_loading(),
-            bool(config["metadata"].get("hook_name_out")),
+            bool(self.metadata.get("hook_name_out")),
         )
 
     def _normalization_after_loading(self) -> str:
