@@ -6,19 +6,25 @@ dictionary the norm of the feature vector is about the norm of the input, so the
 input says how many features to keep. The paper's own code is SewoongLee/top-afa-sae (MIT);
 this is an independent implementation of the rule.
 
-The rule is one PyTorch operator, ``torch.ops.sae_afa_plugin.top_afa``, with a kernel for each
-kind of device. All kernels give the same result. The definition they share: scores are
+The rule is one PyTorch operator, ``torch.ops.sae_afa_plugin.top_afa``, with a backend for each
+kind of device: :mod:`~sae_afa_plugin.numba_kernel` on the CPU, :mod:`~sae_afa_plugin.triton_kernel`
+on CUDA, and the PyTorch code here where these are missing. The definition they share: scores are
 products in float32 (float64 for float64 inputs); sums of squares and distances are float64
-(float32 on MPS, which has nothing wider).
+(float32 on MPS, which has nothing wider). They sum in different orders, so where two numbers of
+features are equally near to within the rounding of float64 they may differ; nowhere else.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from sae_afa_plugin import numba_kernel
 
 _CPU_CHUNK = 1 << 20  # elements; 4 MB of float32, so that a chunk and its copies stay in cache
 _DEVICE_CHUNK = 1 << 26  # elements; few launches, and the sort's indices stay below 1 GB
@@ -202,14 +208,34 @@ def _by_chunks(
     return out
 
 
+def backend(acts: Tensor) -> Literal["numba", "triton", "torch"]:
+    """Which code chooses the features of a tensor of this device and dtype.
+
+    Example:
+        >>> backend(torch.ones(2, 3, dtype=torch.float64))  # the kernels are for float32 and less
+        'torch'
+    """
+    if acts.dtype == torch.float64:
+        return "torch"
+    if acts.device.type == "cpu" and numba_kernel.compiled() is not None:
+        return "numba"
+    if acts.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return "triton"
+    return "torch"
+
+
 @torch.library.custom_op("sae_afa_plugin::top_afa", mutates_args=())
 def _top_afa_op(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
-    return _by_chunks(acts, target_norm, decoder_norm, _keep_by_stable_sort)
+    match backend(acts):
+        case "numba":
+            return numba_kernel.top_afa(acts, target_norm, decoder_norm)
+        case "triton":
+            from sae_afa_plugin import triton_kernel
 
-
-@_top_afa_op.register_kernel("cpu")  # pyright: ignore[reportUntypedFunctionDecorator]
-def _top_afa_cpu(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
-    return _by_chunks(acts, target_norm, decoder_norm, _KeepByPartialSelection())
+            return triton_kernel.top_afa(acts, target_norm, decoder_norm)
+        case "torch":
+            keep = _KeepByPartialSelection() if acts.is_cpu else _keep_by_stable_sort
+            return _by_chunks(acts, target_norm, decoder_norm, keep)
 
 
 @_top_afa_op.register_fake

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,23 +13,45 @@ from helpers.oracle import keep_brute_force, kept_exactly
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sae_afa_plugin import activation
+from sae_afa_plugin import activation, numba_kernel, triton_kernel
 from sae_afa_plugin.activation import top_afa
 
-KERNELS = {
-    "partial selection": activation._KeepByPartialSelection,
-    "stable sort": lambda: activation._keep_by_stable_sort,
-}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets itself on the CPU
 
 
-@pytest.fixture(params=sorted(KERNELS))
+def _numba(acts, target_norm, decoder_norm=None):
+    return numba_kernel.top_afa(acts, target_norm, decoder_norm)
+
+
+def _triton(acts, target_norm, decoder_norm=None):
+    norms = None if decoder_norm is None else decoder_norm.to(DEVICE)
+    return triton_kernel.top_afa(acts.to(DEVICE), target_norm.to(DEVICE), norms).cpu()
+
+
+def _triton_wide(acts, target_norm, decoder_norm=None):
+    with pytest.MonkeyPatch.context() as patch:  # rows of any width as if they did not fit
+        patch.setattr(triton_kernel, "_RESIDENT", 0)
+        patch.setattr(triton_kernel, "_TILE", 64)
+        return _triton(acts, target_norm, decoder_norm)
+
+
+def _partial_selection(acts, target_norm, decoder_norm=None):
+    keep = activation._KeepByPartialSelection()
+    return activation._by_chunks(acts, target_norm, decoder_norm, keep)
+
+
+def _stable_sort(acts, target_norm, decoder_norm=None):
+    return activation._by_chunks(acts, target_norm, decoder_norm, activation._keep_by_stable_sort)
+
+
+EVERY_DTYPE = {"partial selection": _partial_selection, "stable sort": _stable_sort}
+BACKENDS = {**EVERY_DTYPE, "numba": _numba, "triton": _triton, "triton wide": _triton_wide}
+
+
+@pytest.fixture(params=sorted(BACKENDS))
 def keep(request):
-    """Every kernel, called as the operator calls it on CPU tensors."""
-
-    def apply(acts, target_norm, decoder_norm=None):
-        return activation._by_chunks(acts, target_norm, decoder_norm, KERNELS[request.param]())
-
-    return apply
+    """Every backend, on tensors of the CPU."""
+    return BACKENDS[request.param]
 
 
 # --- by hand ---
@@ -80,9 +106,10 @@ def test_features_too_small_to_move_the_sum_are_kept_below_the_target(keep):
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300, 5e-324])
-def test_float64_squares_do_not_leave_the_range(keep, scale):
+@pytest.mark.parametrize("backend", EVERY_DTYPE)
+def test_float64_squares_do_not_leave_the_range(backend, scale):
     acts = torch.tensor([[3.0, 4.0, 1.0]], dtype=torch.float64) * scale
-    out = keep(acts, torch.tensor([5 * scale], dtype=torch.float64))
+    out = BACKENDS[backend](acts, torch.tensor([5 * scale], dtype=torch.float64))
     assert (out != 0).tolist() == [[True, True, False]]
 
 
@@ -91,11 +118,15 @@ def test_float64_squares_do_not_leave_the_range(keep, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("with_norms", [False, True])
-def test_agrees_with_brute_force_on_many_rows(dtype, with_norms):
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_agrees_with_brute_force_on_many_rows(dtype, with_norms, backend):
+    if dtype is torch.float64 and backend not in EVERY_DTYPE:
+        pytest.skip("the kernels are for float32 and less")
+    interpreted = "triton" in backend and DEVICE == "cpu"
     rows = 0
     rng = torch.Generator().manual_seed(0)
-    for d_sae in (1, 2, 7, 33, 300, 1100):
-        n = 20_000 if d_sae < 100 else 300
+    for d_sae in (1, 7, 33, 150) if interpreted else (1, 2, 7, 33, 300, 1100):
+        n = 12 if interpreted else 20_000 if d_sae < 100 else 300
         acts = torch.randn(n, d_sae, generator=rng).relu().to(dtype)
         decoder_norm = torch.rand(d_sae, generator=rng) + 0.5 if with_norms else None
         wide = acts.to(torch.promote_types(dtype, torch.float32))
@@ -105,13 +136,9 @@ def test_agrees_with_brute_force_on_many_rows(dtype, with_norms):
         expected = torch.where(
             torch.from_numpy(keep_brute_force(scores.numpy(), targets.numpy())), acts, 0
         )
-        assert torch.equal(top_afa(acts, targets, decoder_norm), expected)
-        by_sort = activation._by_chunks(
-            acts, targets, decoder_norm, activation._keep_by_stable_sort
-        )
-        assert torch.equal(by_sort, expected)
+        assert torch.equal(BACKENDS[backend](acts, targets, decoder_norm), expected)
         rows += n
-    assert rows > 80_000  # eight cases: more than 600,000 rows
+    assert rows == (48 if interpreted else 80_600)
 
 
 _VALUES = st.one_of(
@@ -127,11 +154,13 @@ _VALUES = st.one_of(
         st.none(), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=140, max_size=140)
     ),
     target=st.floats(0, 400, width=16),
-    exponent=st.integers(-40, 40),
+    exponent=st.integers(-90, 90),  # squares of float32 leave the range of float32
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-    kernel=st.sampled_from(sorted(KERNELS)),
+    backend=st.sampled_from(sorted(BACKENDS)),
 )
-def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, kernel):
+def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, backend):
+    if dtype is torch.float64 and backend not in EVERY_DTYPE:
+        dtype = torch.float32
     if dtype is torch.float16:
         exponent = 0  # it has no room
     acts = (torch.tensor(values, dtype=torch.float64) * 2.0**exponent).to(dtype)
@@ -139,7 +168,7 @@ def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, ke
     wide = acts.to(torch.promote_types(dtype, torch.float32))
     scores = wide if norm is None else wide * norm
     t = (torch.tensor([target], dtype=torch.float64) * 2.0**exponent).to(wide.dtype)
-    out = activation._by_chunks(acts[None], t, norm, KERNELS[kernel]())[0]
+    out = BACKENDS[backend](acts[None], t, norm)[0]
     expected = torch.zeros_like(acts)
     kept = kept_exactly(scores.tolist(), t.item())
     expected[kept] = acts[kept]
@@ -228,6 +257,105 @@ def test_a_row_that_is_not_finite_shows_and_stays_alone(keep, bad, where):
     assert out[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     assert torch.equal(out[others], clean[others])
+
+
+# --- the kernels ---
+
+
+@pytest.mark.parametrize("d_sae", [triton_kernel._RESIDENT, triton_kernel._RESIDENT + 100])
+def test_triton_at_the_width_where_rows_no_longer_fit(d_sae):
+    rng = torch.Generator().manual_seed(0)
+    acts = torch.randn(2, d_sae, generator=rng).round(decimals=2)  # with ties
+    target = acts.relu().norm(dim=-1) * torch.tensor([0.1, 0.7])
+    expected = keep_brute_force(acts.numpy(), target.numpy())
+    assert torch.equal(_triton(acts, target), torch.where(torch.from_numpy(expected), acts, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_cards_that_are_not_here(capability):
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sae_afa_plugin.triton_kernel import keep_row, n_warps
+
+for resident, dtype in ((16384, "fp32"), (32768, "bf16"), (0, "fp16")):
+    pointers = dict(acts_ptr="*" + dtype, norms_ptr="*fp32", target_ptr="*fp32")
+    constants = dict(HAS_NORMS=True, RESIDENT=resident, TILE=1024)
+    signature = pointers | dict(out_ptr="*" + dtype, d_sae="i32") | dict.fromkeys(constants, "constexpr")
+    compiled = triton.compile(
+        ASTSource(keep_row, signature, constexprs=constants),
+        target=GPUTarget("cuda", {capability}, 32),
+        options=dict(num_warps=n_warps(resident), enable_fp_fusion=False),
+    )
+    print(len(compiled.asm["cubin"]) > 0)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["True"] * 3, done.stderr
+
+
+def test_numba_is_what_runs_here_and_torch_without_it(monkeypatch):
+    acts, target = _random(40, 300)
+    assert activation.backend(acts) == "numba"
+    assert activation.backend(acts.double()) == "torch"
+    expected = top_afa(acts, target)
+    monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
+    numba_kernel.compiled.cache_clear()
+    try:
+        assert activation.backend(acts) == "torch"
+        assert torch.equal(top_afa(acts, target), expected)
+        with pytest.raises(
+            RuntimeError, match=r"needs Numba: pip install 'sae-afa-plugin\[fast\]'"
+        ):
+            numba_kernel.top_afa(acts, target, None)
+    finally:
+        numba_kernel.compiled.cache_clear()
+
+
+def test_numba_compiles_where_no_cache_can_be_written(monkeypatch):
+    import numba
+
+    def njit(signature, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba_njit(signature, **options)
+
+    numba_njit = numba.njit
+    monkeypatch.setattr(numba, "njit", njit)
+    acts, target = _random(40, 300)
+    expected = numba_kernel.top_afa(acts, target, None)
+    numba_kernel.compiled.cache_clear()
+    try:
+        assert torch.equal(numba_kernel.top_afa(acts, target, None), expected)
+    finally:
+        numba_kernel.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numba_does_not_depend_on_threads_and_chunks(monkeypatch, dtype):
+    acts, target = _random(61, 500)
+    acts = acts.to(dtype)
+    whole = numba_kernel.top_afa(acts, target, None)
+    monkeypatch.setattr(numba_kernel, "_ELEMENTS_PER_THREAD", 1500)
+    monkeypatch.setattr(numba_kernel, "_CONVERTED", 3500)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(numba_kernel.top_afa(acts, target, None), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_numba_looks_again_where_the_next_row_keeps_much_more():
+    # the second row's cut is far below half the cut of the first one
+    acts = torch.cat([torch.full((1, 200), 100.0), torch.full((1, 200), 1.0)])
+    kept = numba_kernel.top_afa(acts, torch.tensor([100.0, 9.9]), None).count_nonzero(-1)
+    assert kept.tolist() == [1, 98]  # sqrt(98) = 9.8995, sqrt(99) = 9.95
+
+
+# --- what autograd and the compiler see ---
 
 
 def test_gradient_passes_to_kept_features_only():

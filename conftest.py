@@ -1,0 +1,13 @@
+"""What has to be settled before a module of the package is imported."""
+
+import importlib.util
+import os
+
+import torch
+
+# The Triton kernels are interpreted where no GPU is at hand.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Triton has no wheels for some platforms: its module is then left out of the doctests.
+collect_ignore = [] if importlib.util.find_spec("triton") else ["sae_afa_plugin/triton_kernel.py"]
