@@ -27,6 +27,7 @@ from sae_lens.saes.sae import (
     TrainStepOutput,
 )
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from sae_afa_plugin.activation import top_afa
@@ -90,17 +91,21 @@ class _TopAFA(SAE[Any]):
         """Norms of the decoder's rows ``[d_sae]``, in float32 at least, without gradient."""
         return norm_along_last(self.W_dec.detach())
 
-    def encode_centered(self, sae_in: Tensor, decoder_norm: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_centered(
+        self, sae_in: Tensor, decoder_norm: Tensor, b_enc: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode z - b_dec ``[..., d_in]``, as :meth:`process_sae_in` returns it.
 
         Args:
             sae_in: z - b_dec ``[..., d_in]``.
             decoder_norm: What :meth:`decoder_norm` returns.
+            b_enc: What is used in place of ``self.b_enc`` ``[d_sae]``, if anything.
 
         Returns:
             Feature activations and pre-activations, both ``[..., d_sae]``.
         """
-        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + self.b_enc)
+        b_enc = self.b_enc if b_enc is None else b_enc
+        hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + b_enc)
         # top_afa never keeps what is not positive, so no ReLU has to run before it
         feature_acts = top_afa(hidden_pre, norm_along_last(sae_in).detach(), decoder_norm)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
@@ -267,6 +272,23 @@ def _hold_unit_rows(W_dec: Tensor) -> None:
         grad.addcmul_(rows, along[:, None], value=-1)
 
 
+class _FeatureNorm(torch.autograd.Function):
+    """``||f * decoder_norm||`` of each token, which keeps no ``[..., d_sae]`` of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, feature_acts: Tensor, decoder_norm: Tensor) -> Tensor:
+        norm = norm_along_last(feature_acts * decoder_norm)
+        ctx.save_for_backward(feature_acts, decoder_norm, norm)
+        return norm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore
+        feature_acts, decoder_norm, norm = ctx.saved_tensors
+        factor = torch.where(norm > 0, grad / norm, 0)[..., None]
+        return (feature_acts * decoder_norm.square()).mul_(factor).to(feature_acts.dtype), None
+
+
 class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
     """
     A sparse autoencoder with the top-AFA activation function, for SAELens's trainers.
@@ -327,7 +349,13 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
             self._hold_decoder_rows()
         sae_in = self.process_sae_in(step_input.sae_in)
         decoder_norm = self.decoder_norm()
-        feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm)
+        b_enc = self.b_enc
+        if not step_input.sae_in.requires_grad:
+            # Of the input's gradient only the part of b_dec is wanted, which is one row. The
+            # matrix is not computed for it: b_dec acts through a bias of zero instead.
+            b_enc = b_enc - (self.b_dec - self.b_dec.detach()) @ self.W_enc.detach()
+            sae_in = sae_in.detach()
+        feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm, b_enc)
         z = (sae_in + self.b_dec).detach()
         z_recons = self.decode_normalized(feature_acts)
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
@@ -372,7 +400,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         """
         z = step_input.sae_in
         # The gradient through the row norms runs along the rows, where it would be removed.
-        norm_f = norm_along_last(feature_acts * self.decoder_norm())
+        norm_f: Tensor = _FeatureNorm.apply(feature_acts, self.decoder_norm())  # pyright: ignore
         coefficient = step_input.coefficients.get("afa", self.cfg.afa_coefficient)
         afa_loss = (norm_f - norm_along_last(z)).square().mean()
         return {
