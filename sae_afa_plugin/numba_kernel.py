@@ -27,24 +27,37 @@ _LEAST = 1  # the bits of the smallest positive float32
 _ELEMENTS_PER_THREAD = 1 << 17  # fewer are not worth a thread
 _CONVERTED = 1 << 22  # elements of half precision that are float32 at a time
 
-_Kernel = Callable[[Any, Any, Any, Any], None]
+_Kernel = Callable[..., None]
+
+
+def compile_kernel(function: _Kernel, signature: str, **options: Any) -> _Kernel | None:
+    """Compile a function that releases the interpreter, or None where Numba does not work.
+
+    The first call on a machine compiles, for a few seconds; later ones read Numba's cache.
+    """
+    try:
+        from numba import njit  # pyright: ignore
+    except ImportError:  # also of a Numba that does not know this NumPy
+        return None
+    try:
+        return njit(signature, nogil=True, cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return njit(signature, nogil=True, **options)(function)
+
+
+def in_threads(kernel: _Kernel, arguments: list[tuple[Any, ...]]) -> None:
+    """Call a compiled kernel once for each set of arguments, all at the same time."""
+    if len(arguments) == 1:
+        kernel(*arguments[0])
+        return
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        list(pool.map(lambda each: kernel(*each), arguments))
 
 
 @functools.cache
 def compiled() -> _Kernel | None:
-    """The compiled kernel, or None where Numba is missing or does not work with this NumPy.
-
-    The first call on a machine compiles for about four seconds; later ones read Numba's cache.
-    """
-    try:
-        from numba import njit  # pyright: ignore
-    except ImportError:
-        return None
-    signature = "void(f4[:,::1], f4[::1], f8[::1], f4[:,::1])"
-    try:
-        return njit(signature, nogil=True, cache=True)(_keep_rows)
-    except RuntimeError:  # no folder for the cache can be written
-        return njit(signature, nogil=True)(_keep_rows)
+    """The compiled rule, or None where Numba is missing or does not work with this NumPy."""
+    return compile_kernel(_keep_rows, "void(f4[:,::1], f4[::1], f8[::1], f4[:,::1])")
 
 
 def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
@@ -72,35 +85,29 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> T
     norms = torch.ones(d_sae) if decoder_norm is None else decoder_norm.detach().float()
     targets = target_norm.detach().reshape(-1).double()
     if acts.dtype == torch.float32:
-        _in_threads(kernel, rows, norms, targets, results)
+        _keep(kernel, rows, norms, targets, results)
         return out
     step = max(1, _CONVERTED // d_sae)
     for chunk, target, result in zip(
         rows.split(step), targets.split(step), results.split(step), strict=True
     ):
         wide = chunk.float()
-        _in_threads(kernel, wide, norms, target, wide)
+        _keep(kernel, wide, norms, target, wide)
         result.copy_(wide)
     return out
 
 
-def _in_threads(kernel: _Kernel, rows: Tensor, norms: Tensor, targets: Tensor, out: Tensor) -> None:
-    """Call the kernel on parts of the rows. ``out`` may be ``rows``."""
+def _keep(kernel: _Kernel, rows: Tensor, norms: Tensor, targets: Tensor, out: Tensor) -> None:
+    """Call the kernel on a part of the rows in each thread. ``out`` may be ``rows``."""
     n_threads = min(torch.get_num_threads(), max(1, rows.numel() // _ELEMENTS_PER_THREAD))
-    parts = [
-        (part.numpy(), norms.contiguous().numpy(), target.numpy(), result.numpy())
-        for part, target, result in zip(
-            rows.tensor_split(n_threads),
-            targets.contiguous().tensor_split(n_threads),
-            out.tensor_split(n_threads),
-            strict=True,
-        )
-    ]
-    if n_threads == 1:
-        kernel(*parts[0])
-        return
-    with ThreadPoolExecutor(n_threads) as pool:  # the kernel releases the interpreter
-        list(pool.map(lambda part: kernel(*part), parts))
+    parts = zip(
+        rows.tensor_split(n_threads),
+        targets.contiguous().tensor_split(n_threads),
+        out.tensor_split(n_threads),
+        strict=True,
+    )
+    norm = norms.contiguous().numpy()
+    in_threads(kernel, [(r.numpy(), norm, t.numpy(), o.numpy()) for r, t, o in parts])
 
 
 def _keep_rows(acts: Any, norms: Any, targets: Any, out: Any) -> None:

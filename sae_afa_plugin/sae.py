@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from sae_afa_plugin import sparse
 from sae_afa_plugin.activation import top_afa
 from sae_afa_plugin.dead_features import dead_reconstruction
 from sae_afa_plugin.metrics import AFATokenMetrics, norm_along_last, token_metrics
@@ -110,9 +111,13 @@ class _TopAFA(SAE[Any]):
         feature_acts = top_afa(hidden_pre, norm_along_last(sae_in).detach(), decoder_norm)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
-    def decode_normalized(self, feature_acts: Tensor) -> Tensor:
-        """Reconstruct z, the normalised input: ``[..., d_sae]`` to ``[..., d_in]``."""
-        return self.hook_sae_recons(feature_acts @ self.W_dec + self.b_dec)
+    def decode_normalized(self, feature_acts: Tensor, zeros_stay_zero: bool = False) -> Tensor:
+        """Reconstruct z, the normalised input: ``[..., d_sae]`` to ``[..., d_in]``.
+
+        ``zeros_stay_zero`` says that no gradient is wanted for features that are zero.
+        """
+        recons = sparse.decode(feature_acts, self.W_dec, zeros_stay_zero)
+        return self.hook_sae_recons(recons + self.b_dec)
 
     @override
     def decode(self, feature_acts: Tensor) -> Tensor:
@@ -357,7 +362,10 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
             sae_in = sae_in.detach()
         feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm, b_enc)
         z = (sae_in + self.b_dec).detach()
-        z_recons = self.decode_normalized(feature_acts)
+        # top_afa stops the gradient of what it leaves out, unless a hook came in between
+        hook = self.hook_sae_acts_post
+        untouched = not (hook.fwd_hooks or hook.bwd_hooks)
+        z_recons = self.decode_normalized(feature_acts, zeros_stay_zero=untouched)
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
 
         mse_loss = self.mse_loss_fn(z_recons, z).sum(dim=-1).mean()
