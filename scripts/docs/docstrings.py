@@ -39,4 +39,7 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for each module, class, function and attribute once it is read."""
         if obj.docstring is not None:
-            obj.docstring.value = _in_markdown(obj.docstring.value, obj)
+            text = _in_markdown(obj.docstring.value, obj)
+            if obj.is_class and any("NamedTuple" in str(base) for base in obj.bases):
+                text = text.replace("\nArgs:\n", "\nAttributes:\n", 1)  # its fields are not set there
+            obj.docstring.value = text
