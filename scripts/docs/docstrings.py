@@ -41,5 +41,7 @@ class Docstrings(griffe.Extension):
         if obj.docstring is not None:
             text = _in_markdown(obj.docstring.value, obj)
             if obj.is_class and any("NamedTuple" in str(base) for base in obj.bases):
-                text = text.replace("\nArgs:\n", "\nAttributes:\n", 1)  # its fields are not set there
+                text = text.replace(
+                    "\nArgs:\n", "\nAttributes:\n", 1
+                )  # its fields are not set there
             obj.docstring.value = text
