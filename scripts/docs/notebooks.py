@@ -18,6 +18,9 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+_LINK = re.compile(
+    r"\]\((?:\.\./docs/(?P<doc>[^)]+)|(?P<notebook>[^)/:]+)\.ipynb(?P<anchor>#[^)]*)?)\)"
+)
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -34,6 +37,13 @@ def _fenced(text: str, language: str) -> str:
     longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
     fence = "`" * (longest + 1)
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _link(match: re.Match[str]) -> str:
+    """Links of the repository as links of the site, where ``docs`` is the root."""
+    if match["doc"]:
+        return f"](../{match['doc']})"
+    return f"]({match['notebook']}.md{match['anchor'] or ''})"
 
 
 def _outputs(cell: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
@@ -67,7 +77,7 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(_LINK.sub(_link, source))
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(_fenced(source, "python"))
             parts += _outputs(cell, name, pictures)

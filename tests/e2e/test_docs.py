@@ -435,7 +435,10 @@ def test_a_notebook_becomes_a_page():
     png = "iVBORw0KGgo="
     notebook = {
         "cells": [
-            {"cell_type": "markdown", "source": ["# Title\n", "Text."]},
+            {
+                "cell_type": "markdown",
+                "source": ["# Title\n", "[a](../docs/metric.md#b) [c](2_next.ipynb)"],
+            },
             {
                 "cell_type": "code",
                 "source": ["print('```')"],
@@ -455,7 +458,7 @@ def test_a_notebook_becomes_a_page():
     }
     text, pictures = notebooks_hook().page(notebook, "1_first")
     assert text == (
-        "# Title\nText.\n\n"
+        "# Title\n[a](../metric.md#b) [c](2_next.md)\n\n"
         "````python\nprint('```')\n````\n\n"
         '<pre class="output">&lt;b&gt;</pre>\n\n'
         "![output of the cell above](1_first-1.png)\n\n"
