@@ -2,6 +2,7 @@
 #   make demo    train top-AFA beside TopK and BatchTopK on the embedded language model
 #   make test    the tests and every example in the docs
 #   make lint types    what CI checks besides
+#   make docs    the documentation as a site in site/, without a network; broken links are errors
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
 # Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
 VENV ?= .venv
@@ -11,7 +12,7 @@ CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test lint types format bench
+.PHONY: install demo test lint types format docs bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -37,6 +38,9 @@ types: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/architectures.py

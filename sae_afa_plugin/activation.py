@@ -32,13 +32,13 @@ _FIRST_WIDTH = 64  # how many of the largest scores are looked at first
 
 
 def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
-    r"""Keep the largest features of each row until their norm matches a target.
+    """Keep the largest features of each row until their norm matches a target.
 
-    With scores :math:`s_i = a_i \lVert d_i \rVert`, sorted from the largest (equal scores:
-    the lower index first), and :math:`c_k = \sqrt{s_{(1)}^2 + \dots + s_{(k)}^2}`, the kept
-    number is :math:`k^* = \arg\min_{1 \le k \le n} |c_k - t|` over the :math:`n` positive
-    scores, the smaller :math:`k` at equal distance. Selection is by score; the output carries
-    the activation itself. A row without positive scores gives zeros.
+    The scores are ``s_i = acts_i * decoder_norm_i``, sorted from the largest (equal scores: the
+    lower index first), and ``c_k = sqrt(s_1^2 + ... + s_k^2)``. The kept number is the k with the
+    smallest ``|c_k - target_norm|`` over the positive scores, the smaller k at equal distance.
+    Selection is by score; the output carries the activation itself. A row without positive
+    scores gives zeros.
 
     The gradient with respect to ``acts`` passes to the kept features only; the choice itself
     has no gradient. Reverse mode only (``backward``, not ``torch.func.jvp``).

@@ -1,0 +1,107 @@
+"""Tutorials in the site: an MkDocs hook that mkdocs.yml names.
+
+Each ``tutorials/*.ipynb`` becomes a page, as it was saved: nothing is executed. Text stays
+Markdown, code becomes a block, output text and PNG pictures are shown. Without notebooks the
+site has no tutorials.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+_TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+_LINK = re.compile(
+    r"\]\((?:\.\./docs/(?P<doc>[^)]+)|(?P<notebook>[^)/:]+)\.ipynb(?P<anchor>#[^)]*)?)\)"
+)
+_TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def _notebooks(config: MkDocsConfig) -> list[Path]:
+    return sorted((Path(config.config_file_path).parent / "tutorials").glob("*.ipynb"))
+
+
+def _page_of(notebook: Path) -> str:
+    return f"tutorials/{notebook.stem}.md"
+
+
+def _fenced(text: str, language: str) -> str:
+    # a fence longer than any in the text
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"
+
+
+def _link(match: re.Match[str]) -> str:
+    """Links of the repository as links of the site, where ``docs`` is the root."""
+    if match["doc"]:
+        return f"](../{match['doc']})"
+    return f"]({match['notebook']}.md{match['anchor'] or ''})"
+
+
+def _outputs(cell: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
+    parts: list[str] = []
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "image/png" in data:
+            picture = f"{name}-{len(pictures) + 1}.png"
+            pictures[picture] = base64.b64decode("".join(data["image/png"]))
+            parts.append(f"![output of the cell above]({picture})")
+        elif "text/html" in data and "<table" in (table := "".join(data["text/html"])):
+            table = re.sub(r"<style.*?</style>", "", table, flags=re.DOTALL)
+            parts.append(re.sub(r"\n\s*", "\n", table).strip())
+        else:
+            text = "".join(data.get("text/plain", output.get("text", output.get("traceback", ""))))
+            if text.strip():
+                text = _TERMINAL_COLOURS.sub("", text)
+                parts.append(f'<pre class="output">{html.escape(text.rstrip())}</pre>')
+    return parts
+
+
+def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as Markdown, and its pictures by file name.
+
+    Args:
+        notebook: The notebook's JSON, format 4.
+        name: The beginning of the pictures' names.
+    """
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown":
+            parts.append(_LINK.sub(_link, source))
+        elif cell["cell_type"] == "code" and source.strip():
+            parts.append(_fenced(source, "python"))
+            parts += _outputs(cell, name, pictures)
+    return "\n\n".join(parts) + "\n", pictures
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Put the tutorials into the navigation, after the guides."""
+    entries: list[dict[str, str]] = []
+    for notebook in _notebooks(config):
+        text, _ = page(json.loads(notebook.read_text(encoding="utf-8")), notebook.stem)
+        title = _TITLE.search(text)
+        entries.append({title[1] if title else notebook.stem: _page_of(notebook)})
+    if entries and config.nav is not None:
+        titles = [next(iter(entry)) for entry in config.nav]
+        config.nav.insert(titles.index("Guides") + 1, {"Tutorials": entries})
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pages and their pictures."""
+    for notebook in _notebooks(config):
+        text, pictures = page(json.loads(notebook.read_text(encoding="utf-8")), notebook.stem)
+        files.append(File.generated(config, _page_of(notebook), content=text))
+        for picture, content in pictures.items():
+            files.append(File.generated(config, f"tutorials/{picture}", content=content))
+    return files
