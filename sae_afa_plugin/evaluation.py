@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
-from functools import cache, partial
 from importlib.metadata import version
 from itertools import repeat
 from pathlib import Path
@@ -42,7 +41,7 @@ from sae_afa_plugin.tokens import (
     content_of,
     sample_tokens,
 )
-from sae_afa_plugin.training import check_hook
+from sae_afa_plugin.training import check_hook, hook_shapes
 
 _DATASETS = {"default": "Skylion007/openwebtext", "paper": "NeelNanda/pile-10k"}
 # matrices [tokens, d_sae] that live at once: an encoder has up to three, the metric two
@@ -375,20 +374,29 @@ def _loaded(
 
 def _fitting(sources: Iterable[SAESource], model: Any, refused: dict[str, str]) -> list[SAESource]:
     """The SAEs whose hooks exist and are as wide as they need; the others are refused."""
+    wanted = [(source, _hooks_of(source, model)) for source in sources]
+    known = hook_shapes(model, sorted({hook for _, hooks in wanted for hook, *_ in hooks}))
     fitting: list[SAESource] = []
-    check_once = cache(partial(check_hook, model))  # each costs a pass of the model
-    for source in sources:
-        config, metadata = source.config, source.metadata
+    for source, hooks in wanted:
         try:
-            for suffix, width in zip(_ENDS, (config["d_in"], config.get("d_out")), strict=True):
-                hook = hook_in(model, metadata, suffix)
-                if hook is not None and width is not None:
-                    head = metadata.get(f"hook_head_index{suffix}")
-                    check_once(hook, width, head)
+            for hook, width, head in hooks:
+                check_hook(model, hook, width, head, known)
             fitting.append(source)
         except ValueError as error:
             refused[source.name] = str(error)
     return fitting
+
+
+def _hooks_of(source: SAESource, model: Any) -> list[tuple[str, int, int | None]]:
+    """The hooks that an SAE reads, their widths, and the heads if it reads one."""
+    config, metadata = source.config, source.metadata
+    ends = zip(_ENDS, (config["d_in"], config.get("d_out")), strict=True)
+    named = [(end, hook_in(model, metadata, end), width) for end, width in ends]
+    return [
+        (hook, width, metadata.get(f"hook_head_index{end}"))
+        for end, hook, width in named
+        if hook is not None and width is not None
+    ]
 
 
 # --- the SAEs ---

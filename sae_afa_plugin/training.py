@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,8 +26,9 @@ from sae_lens import (
 )
 from sae_lens.saes.sae import TrainStepOutput
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
 from typing_extensions import override
+
+from sae_afa_plugin.models import stop_layer
 
 LOG_FILENAME = "training_log.jsonl"
 
@@ -134,7 +137,38 @@ def check_batches(model: Any, cfg: _RunnerConfig) -> None:
         )
 
 
-def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = None) -> None:
+def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
+    """Shapes of the activations at these hooks, by one pass over two tokens.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+        hook_names: The hooks. Those that the model does not have are left out; with some models
+            one of these leaves out all others too.
+    """
+    try:
+        # Looked up by running the model: a TransformerBridge answers to aliases as well.
+        cache = model.run_with_cache(
+            torch.zeros(1, 2, dtype=torch.long, device=_device(model)),
+            names_filter=list(hook_names),
+            stop_at_layer=stop_layer(hook_names),
+            prepend_bos=False,
+        )[1]
+    except (KeyError, IndexError, AttributeError):
+        return {}
+    shapes: dict[str, torch.Size] = {}
+    for name in hook_names:
+        with suppress(KeyError):
+            shapes[name] = cache[name].shape
+    return shapes
+
+
+def check_hook(
+    model: Any,
+    hook_name: str,
+    d_in: int,
+    head_index: int | None = None,
+    known: Mapping[str, torch.Size] | None = None,
+) -> None:
     """Make sure that a hook exists and is as wide as the SAE, before anything is trained.
 
     Args:
@@ -142,30 +176,23 @@ def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = N
         hook_name: The hook to read.
         d_in: The SAE's input width.
         head_index: The head that is read, where the hook has heads.
+        known: What :func:`hook_shapes` has found; what it lacks is looked for again.
 
     Raises:
         ValueError: If there is no such hook, or its activations have another width.
     """
-    # Looked up by running the model: a TransformerBridge answers to aliases as well.
-    try:
-        cache = model.run_with_cache(
-            torch.zeros(1, 2, dtype=torch.long, device=_device(model)),
-            names_filter=[hook_name],
-            stop_at_layer=extract_stop_at_layer_from_tlens_hook_name(hook_name),
-            prepend_bos=False,
-        )[1]
-        acts = cache[hook_name]
-    except (KeyError, IndexError, AttributeError):
+    shape = (known or {}).get(hook_name) or hook_shapes(model, [hook_name]).get(hook_name)
+    if shape is None:
         near = get_close_matches(hook_name, list(model.hook_dict), n=3)
         hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"the model has no hook {hook_name!r}{hint}") from None
-    heads = acts.shape[2] if acts.ndim == 4 else 0
+        raise ValueError(f"the model has no hook {hook_name!r}{hint}")
+    heads = shape[2] if len(shape) == 4 else 0
     if head_index is not None and not -heads <= head_index < heads:
         raise ValueError(
             f"hook_head_index={head_index} does not fit {hook_name!r}, which has "
             f"{heads or 'no'} heads"
         )
-    width = acts.shape[-1] if acts.ndim == 3 or head_index is not None else acts[0, 0].numel()
+    width = shape[-1] if len(shape) == 3 or head_index is not None else shape[2:].numel()
     if width != d_in:
         raise ValueError(
             f"the activations at {hook_name!r} have width {width}, but the SAE has d_in={d_in}: "
