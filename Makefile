@@ -3,6 +3,7 @@
 #   make test    the tests and every example in the docs
 #   make lint types    what CI checks besides
 #   make docs    the documentation as a site in site/, without a network; broken links are errors
+#   make performance   the measurements that docs/performance.md shows (about half an hour, Linux)
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
 # Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
 VENV ?= .venv
@@ -12,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test lint types format docs bench
+.PHONY: install demo test lint types format docs performance bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -41,6 +42,12 @@ format: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+performance: $(INSTALLED)
+	$(BIN)/python benchmarks/activation.py
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/training.py --growth
+	$(BIN)/python benchmarks/evaluator.py
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/architectures.py

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+
+from measuring import machine, peak_so_far, write
 
 D_IN, LAYERS, CONTEXT, PROMPTS = 768, 12, 128, 8
 
@@ -129,11 +129,6 @@ def run_evals(folder: Path, n_tokens: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started}
 
 
-def peak_gib() -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,7 +137,7 @@ def main() -> None:
     parser.add_argument("--d-sae", type=int, default=24_576)
     parser.add_argument("--active", type=int, default=60)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("output/evaluator.md"))
+    parser.add_argument("--out", type=Path, default=Path("output/performance/evaluator.md"))
     parser.add_argument("--only", choices=["evaluator", "coherence", "run_evals"])
     parser.add_argument("--saes", type=Path, help="folder of the SAEs (with --only)")
     args = parser.parse_args()
@@ -151,7 +146,7 @@ def main() -> None:
             measured = run_evals(args.saes, args.tokens)
         else:
             measured = evaluator(args.saes, args.tokens, coherence=args.only == "coherence")
-        print(json.dumps({**measured, "peak": peak_gib()}))
+        print(json.dumps({**measured, "peak": peak_so_far() / 2**30}))
         return
 
     found: dict[str, list[dict[str, float]]] = {}
@@ -174,8 +169,7 @@ def main() -> None:
     ]
     lines = [
         f"{LAYERS} SAEs {D_IN} x {args.d_sae:,}, {args.tokens:,} tokens, mean L0 "
-        f"{found['evaluator'][0]['l0']:.0f}, {args.repeats} runs each, {platform.machine()}, "
-        f"torch {version('torch')}, sae-lens {version('sae-lens')}",
+        f"{found['evaluator'][0]['l0']:.0f}, {args.repeats} runs each, {machine()}",
         "",
         "| | seconds (median) | tokens x SAEs / s | peak memory, GiB |",
         "|---|---|---|---|",
@@ -193,9 +187,7 @@ def main() -> None:
         f"{found['coherence'][0]['seconds'] - seconds['evaluator']:.0f} s more, whatever the "
         "number of tokens.",
     ]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    write(args.out, lines)
 
 
 if __name__ == "__main__":

@@ -108,7 +108,11 @@ def keep_about(k: int, sae: Any, batch: Tensor) -> None:
         for _ in range(12):
             middle = (low * high) ** 0.5
             sae.W_enc.copy_(original * middle)
-            l0 = (sae.encode(batch[:128]) != 0).sum(-1).float().mean()
+            feature_acts = sae.encode(batch[:128])
+            # SAELens's layer_norm leaves the mean at the SAE until decode takes it; torch.compile
+            # would trip over it
+            sae.decode(feature_acts)
+            l0 = (feature_acts != 0).sum(-1).float().mean()
             low, high = (middle, high) if l0 > k else (low, middle)
 
 
