@@ -2,6 +2,8 @@
 #   make demo    train top-AFA beside TopK and BatchTopK on the embedded language model
 #   make test    the tests and every example in the docs
 #   make lint types    what CI checks besides
+#   make tutorials     execute the tutorials and check what they show (some minutes)
+#   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
 # Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
 VENV ?= .venv
@@ -11,7 +13,7 @@ CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test lint types format bench
+.PHONY: install demo test tutorials notebooks lint types format bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -26,6 +28,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+tutorials: $(INSTALLED)
+	$(BIN)/python -m pytest tutorials
+
+notebooks: $(INSTALLED)
+	$(BIN)/python tutorials/notebooks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
