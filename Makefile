@@ -4,6 +4,8 @@
 #   make lint types    what CI checks besides
 #   make docs    the documentation as a site in site/, without a network; broken links are errors
 #   make performance   the measurements that docs/performance.md shows (about half an hour, Linux)
+#   make tutorials     execute the tutorials and check what they show (some minutes)
+#   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
 # Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
 VENV ?= .venv
@@ -13,7 +15,7 @@ CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test lint types format docs performance bench
+.PHONY: install demo test tutorials notebooks lint types format docs performance bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -28,6 +30,12 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+tutorials: $(INSTALLED)
+	$(BIN)/python -m pytest tutorials
+
+notebooks: $(INSTALLED)
+	$(BIN)/python tutorials/notebooks.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
