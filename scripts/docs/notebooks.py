@@ -16,11 +16,13 @@ from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 _TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 _LINK = re.compile(
     r"\]\((?:\.\./docs/(?P<doc>[^)]+)|(?P<notebook>[^)/:]+)\.ipynb(?P<anchor>#[^)]*)?)\)"
 )
+_TO_NOTEBOOK = re.compile(r"\]\((?:\.\./)+tutorials/([^)/]+)\.ipynb")
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -82,6 +84,12 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
             parts.append(_fenced(source, "python"))
             parts += _outputs(cell, name, pictures)
     return "\n\n".join(parts) + "\n", pictures
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links of the repository to the notebooks, as links to their pages."""
+    folder = "../" * page.file.src_uri.count("/")
+    return _TO_NOTEBOOK.sub(rf"]({folder}tutorials/\1.md", markdown)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
