@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -30,6 +31,7 @@ def _memory(field: str) -> int:
 def peak_bytes(function: Callable[[], object]) -> int:
     """Memory that a call adds at its peak to what the process holds. Linux only."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would be used again, uncounted
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before = _memory("VmRSS")
     function()
