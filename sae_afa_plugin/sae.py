@@ -28,6 +28,7 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
 from sae_afa_plugin import sparse
@@ -277,6 +278,10 @@ def _hold_unit_rows(W_dec: Tensor) -> None:
         grad.addcmul_(rows, along[:, None], value=-1)
 
 
+def _has_hooks(point: HookPoint) -> bool:
+    return bool(point.fwd_hooks or point.bwd_hooks)
+
+
 class _FeatureNorm(torch.autograd.Function):
     """``||f * decoder_norm||`` of each token, which keeps no ``[..., d_sae]`` of its own."""
 
@@ -355,7 +360,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         sae_in = self.process_sae_in(step_input.sae_in)
         decoder_norm = self.decoder_norm()
         b_enc = self.b_enc
-        if not step_input.sae_in.requires_grad:
+        if not (step_input.sae_in.requires_grad or _has_hooks(self.hook_sae_input)):
             # Of the input's gradient only the part of b_dec is wanted, which is one row. The
             # matrix is not computed for it: b_dec acts through a bias of zero instead.
             b_enc = b_enc - (self.b_dec - self.b_dec.detach()) @ self.W_enc.detach()
@@ -363,9 +368,9 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm, b_enc)
         z = (sae_in + self.b_dec).detach()
         # top_afa stops the gradient of what it leaves out, unless a hook came in between
-        hook = self.hook_sae_acts_post
-        untouched = not (hook.fwd_hooks or hook.bwd_hooks)
-        z_recons = self.decode_normalized(feature_acts, zeros_stay_zero=untouched)
+        z_recons = self.decode_normalized(
+            feature_acts, zeros_stay_zero=not _has_hooks(self.hook_sae_acts_post)
+        )
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
 
         mse_loss = self.mse_loss_fn(z_recons, z).sum(dim=-1).mean()

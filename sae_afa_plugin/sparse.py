@@ -52,6 +52,7 @@ def decode(feature_acts: Tensor, W_dec: Tensor, zeros_stay_zero: bool = False) -
 def _is_possible(feature_acts: Tensor, W_dec: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()  # torch.func.vmap and its like
         and W_dec.is_cpu
         and feature_acts.dtype == W_dec.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

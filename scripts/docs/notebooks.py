@@ -1,8 +1,8 @@
 """Tutorials in the site: an MkDocs hook that mkdocs.yml names.
 
 Each ``tutorials/*.ipynb`` becomes a page, as it was saved: nothing is executed. Text stays
-Markdown, code becomes a block, output text and PNG pictures are shown. Without notebooks the
-site has no tutorials.
+Markdown, formulas become MathML, code becomes a block, output text and PNG pictures are shown.
+Without notebooks the site has no tutorials.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -23,6 +24,9 @@ _LINK = re.compile(
     r"\]\((?:\.\./docs/(?P<doc>[^)]+)|(?P<notebook>[^)/:]+)\.ipynb(?P<anchor>#[^)]*)?)\)"
 )
 _TO_NOTEBOOK = re.compile(r"\]\((?:\.\./)+tutorials/([^)/]+)\.ipynb")
+_FORMULA = re.compile(
+    r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL
+)
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -46,6 +50,19 @@ def _link(match: re.Match[str]) -> str:
     if match["doc"]:
         return f"](../{match['doc']})"
     return f"]({match['notebook']}.md{match['anchor'] or ''})"
+
+
+def _mathml(match: re.Match[str]) -> str:
+    """A formula in the browser's own language, so that no script has to draw it."""
+    if match["code"]:
+        return match["code"]
+    display = match["block"] is not None
+    tex = (match["block"] or match["inline"]).replace(r"\arg", r"\mathrm{arg}")
+    formula = convert(tex, display="block" if display else "inline")
+    if "\\" in formula:
+        raise ValueError(f"a tutorial has a formula with an unknown command: {tex}")
+    formula = formula.replace("*", "&#42;").replace("_", "&#95;")  # no emphasis of Markdown's
+    return f"<div>{formula}</div>" if display else formula
 
 
 def _outputs(cell: dict[str, Any], name: str, pictures: dict[str, bytes]) -> list[str]:
@@ -79,7 +96,7 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(_LINK.sub(_link, source))
+            parts.append(_FORMULA.sub(_mathml, _LINK.sub(_link, source)))
         elif cell["cell_type"] == "code" and source.strip():
             parts.append(_fenced(source, "python"))
             parts += _outputs(cell, name, pictures)

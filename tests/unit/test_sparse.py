@@ -74,6 +74,14 @@ def test_where_it_is_the_dense_product(case, monkeypatch, loops_called):
     assert loops_called == []
 
 
+def test_under_transforms_and_in_inference_mode():
+    acts, W_dec = _few(20, 500), torch.randn(500, 8)
+    expected = acts @ W_dec
+    torch.testing.assert_close(torch.func.vmap(lambda a: sparse.decode(a, W_dec))(acts), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(sparse.decode(acts, W_dec), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_without_numba_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(sparse, "compile_kernel", lambda *args, **options: None)
     assert sparse._loops.__wrapped__() is None
@@ -130,6 +138,14 @@ def test_b_dec_has_the_gradient_that_it_has_through_the_input(few):
     assert short["b_dec"].abs().max() > 1e-3
     for name, grad in through_input.items():
         torch.testing.assert_close(short[name], grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hook_on_the_input_sees_its_gradient():
+    sae, _, gradients = _sae_and_step(few=True)
+    offset = torch.zeros(16, requires_grad=True)
+    sae.hook_sae_input.add_hook(lambda tensor, hook: tensor + offset)
+    gradients()
+    assert (offset.grad != 0).any()
 
 
 def test_a_hook_on_the_features_sees_every_gradient(loops_called):
