@@ -4,7 +4,7 @@ No row is sorted. The squares of a row are summed into buckets of nearly equal s
 the leading bits of the floating point numbers; from the largest bucket down, the sums say in
 which bucket the target is met, and only that bucket is sorted. A row is read from memory once and
 stays in the cache of its core until its result is written, so the cost hardly depends on how many
-features are kept and no temporary is larger than a row.
+features are kept, and in float32 no temporary is larger than a row.
 
 The definition is the one of :mod:`sae_afa_plugin.activation`.
 """
@@ -41,7 +41,7 @@ def compile_kernel(function: _Kernel, signature: str, **options: Any) -> _Kernel
         return None
     try:
         return njit(signature, nogil=True, cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache can be written
+    except (RuntimeError, OSError):  # the cache cannot be written
         return njit(signature, nogil=True, **options)(function)
 
 
@@ -193,10 +193,11 @@ def _keep_rows(acts: Any, norms: Any, targets: Any, out: Any) -> None:
             cut_bits[0] = _LEAST
 
         for i in range(d_sae):
-            result[i] = a[i] if scores[i] >= cut[0] else np.float32(0.0)
+            # as integers: where the processor flushes denormals, 0.0 >= cut could be true
+            result[i] = a[i] if score_bits[i] >= cut_bits[0] else np.float32(0.0)
         if n_equal < d_sae:
             for i in range(d_sae):
-                if scores[i] == cut[0]:
+                if score_bits[i] == cut_bits[0]:
                     n_equal -= 1
                     if n_equal < 0:
                         result[i] = np.float32(0.0)

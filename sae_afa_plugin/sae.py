@@ -279,7 +279,15 @@ def _hold_unit_rows(W_dec: Tensor) -> None:
 
 
 def _has_hooks(point: HookPoint) -> bool:
-    return bool(point.fwd_hooks or point.bwd_hooks)
+    """Hooks of TransformerLens and of PyTorch itself."""
+    return bool(
+        point.fwd_hooks
+        or point.bwd_hooks
+        or point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
 
 
 class _FeatureNorm(torch.autograd.Function):
@@ -433,7 +441,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         if not torch.compiler.is_compiling() and not any_dead:
             return residual.new_zeros(())
         recons = dead_reconstruction(
-            hidden_pre.flatten(0, -2), self.W_dec, dead_neuron_mask, self.cfg.top_k_aux
+            hidden_pre.reshape(-1, self.cfg.d_sae), self.W_dec, dead_neuron_mask, self.cfg.top_k_aux
         ).view_as(residual)
         return any_dead * self.mse_loss_fn(recons, residual).sum(dim=-1).mean()
 

@@ -4,7 +4,8 @@ A token has tens or hundreds of active features out of many thousands, so most o
 with the decoder multiplies zeros. Where Numba is installed and features are few, loops over the
 active ones take the place of three of the five products of a training step: the reconstruction,
 the decoder's gradient and the features' gradient. Everywhere else (on other devices, in other
-dtypes, under autocast and ``torch.compile``, with many features) this is ``@``.
+dtypes, under autocast and ``torch.compile``, with many features) this is ``@``. Rows of the decoder whose feature is zero are not looked at, also if
+they hold NaN.
 """
 
 from __future__ import annotations
@@ -53,6 +54,13 @@ def _is_possible(feature_acts: Tensor, W_dec: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()  # torch.func.vmap and its like
+        and torch.autograd.forward_ad._current_level < 0
+        # the loops look at no bounds: what does not fit is left to @ and its message
+        and W_dec.ndim == 2
+        and feature_acts.ndim > 0
+        and feature_acts.shape[-1] == W_dec.shape[0]
+        and feature_acts.numel() > 0
+        and feature_acts.is_cpu
         and W_dec.is_cpu
         and feature_acts.dtype == W_dec.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -63,7 +71,8 @@ def _is_possible(feature_acts: Tensor, W_dec: Tensor) -> bool:
 def _are_few(feature_acts: Tensor) -> bool:
     """Whether few features are active, to judge by some of the tokens."""
     rows = feature_acts.detach().reshape(-1, feature_acts.shape[-1])
-    sample = rows[:: max(1, len(rows) // _SAMPLE)]
+    # an odd step, or all of them could be at the same position of their sequences
+    sample = rows[:: max(1, len(rows) // _SAMPLE) | 1]
     return sample.count_nonzero().item() < _FEW * sample.numel()
 
 

@@ -64,7 +64,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> T
 
 
 def n_warps(resident: int) -> int:
-    """16 features for each thread, where the row stays in registers."""
+    """16 features for each thread where the row stays in registers, 32 in the widest."""
     return min(32, max(4, resident // 512)) if resident else 8
 
 

@@ -348,6 +348,16 @@ def test_numba_does_not_depend_on_threads_and_chunks(monkeypatch, dtype):
         torch.set_num_threads(threads)
 
 
+def test_flushed_denormals_are_not_kept(keep):
+    acts, norms = torch.tensor([[5.0, 3.0, -1.0]]), torch.tensor([0.0, 1.0, 1.0])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        assert keep(acts, torch.tensor([100.0]), norms).tolist() == [[0, 3, 0]]
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_numba_looks_again_where_the_next_row_keeps_much_more():
     # the second row's cut is far below half the cut of the first one
     acts = torch.cat([torch.full((1, 200), 100.0), torch.full((1, 200), 1.0)])

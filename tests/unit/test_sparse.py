@@ -74,6 +74,28 @@ def test_where_it_is_the_dense_product(case, monkeypatch, loops_called):
     assert loops_called == []
 
 
+@pytest.mark.parametrize("width", [399, 401, 0])
+@pytest.mark.parametrize("zeros_stay_zero", [True, False])
+def test_what_does_not_fit_is_refused_as_by_the_dense_product(width, zeros_stay_zero):
+    acts = torch.zeros(2, width)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        sparse.decode(acts, torch.randn(400, 8), zeros_stay_zero)
+
+
+def test_forward_mode_is_left_to_the_dense_product():
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.zeros(2, 300), torch.ones(2, 300))
+        tangent = forward_ad.unpack_dual(sparse.decode(dual, torch.ones(300, 4))).tangent
+    assert torch.equal(tangent, torch.full((2, 4), 300.0))
+
+
+def test_tokens_at_one_position_do_not_stand_for_all():
+    acts = torch.randn(64, 16, 500)
+    acts[:, 0] = 0.0  # BOS, say
+    assert not sparse._are_few(acts)
+
+
 def test_under_transforms_and_in_inference_mode():
     acts, W_dec = _few(20, 500), torch.randn(500, 8)
     expected = acts @ W_dec
@@ -155,3 +177,12 @@ def test_a_hook_on_the_features_sees_every_gradient(loops_called):
     gradients()
     assert loops_called == []
     assert (seen[0] != 0).float().mean() > 0.9
+
+
+def test_a_hook_of_pytorch_on_the_features_sees_every_gradient(loops_called):
+    sae, _, gradients = _sae_and_step(few=True)
+    extra = torch.zeros(60, 2048, requires_grad=True)
+    sae.hook_sae_acts_post.register_forward_hook(lambda module, args, out: out + extra)
+    gradients()
+    assert loops_called == []
+    assert (extra.grad != 0).float().mean() > 0.9
