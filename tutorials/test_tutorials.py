@@ -439,16 +439,20 @@ def stand_in(release: str, x: torch.Tensor) -> SAE:
     return sae
 
 
-SMALLER = {  # the sizes of the second tutorial are made for a GPU
-    "d_sae = \"gpt2\", 12_288": "d_sae = \"gpt2\", 128",
-    "training_tokens=1000 * 4096, batch_size=4096": "training_tokens=20 * 512, batch_size=512",
-    "n_tokens=4_300_000": "n_tokens=40_000",
-}  # fmt: skip
+# the sizes of the second tutorial are made for a GPU, the synthetic part of the third is the same
+SMALLER = {
+    TRAIN: {
+        'd_sae = "gpt2", 12_288': 'd_sae = "gpt2", 128',
+        "training_tokens=1000 * 4096, batch_size=4096": "training_tokens=20 * 512, batch_size=512",
+        "n_tokens=4_300_000": "n_tokens=40_000",
+    },
+    THEORY: {"steps=600": "steps=2", '"300 steps later": 300': '"300 steps later": 2'},
+}
 
 
 @named
 def test_the_switch_works_with_stand_ins(path: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    replacements = {SWITCH: "USE_GPT2 = True"} | (SMALLER if path == TRAIN else {})
+    replacements = {SWITCH: "USE_GPT2 = True"} | SMALLER.get(path, {})
     hub.requests.clear()
     with executed(path, tmp_path, client_environment(hub, tmp_path), replacements) as kernel:
         assert kernel.value("model.cfg.n_layers") == 12
