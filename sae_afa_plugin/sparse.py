@@ -4,8 +4,9 @@ A token has tens or hundreds of active features out of many thousands, so most o
 with the decoder multiplies zeros. Where Numba is installed and features are few, loops over the
 active ones take the place of three of the five products of a training step: the reconstruction,
 the decoder's gradient and the features' gradient. Everywhere else (on other devices, in other
-dtypes, under autocast and ``torch.compile``, with many features) this is ``@``. Rows of the decoder whose feature is zero are not looked at, also if
-they hold NaN.
+dtypes, under autocast and ``torch.compile``, with many features) this is ``@``.
+
+Rows of the decoder whose feature is zero are not looked at, also if they hold NaN.
 """
 
 from __future__ import annotations

@@ -113,8 +113,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the tutorials into the navigation, after the guides."""
     entries: list[dict[str, str]] = []
     for notebook in _notebooks(config):
-        text, _ = page(json.loads(notebook.read_text(encoding="utf-8")), notebook.stem)
-        title = _TITLE.search(text)
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        title = _TITLE.search("".join(cells[0]["source"]))
         entries.append({title[1] if title else notebook.stem: _page_of(notebook)})
     if entries and config.nav is not None:
         titles = [next(iter(entry)) for entry in config.nav]
