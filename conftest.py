@@ -10,4 +10,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Triton has no wheels for some platforms: its module is then left out of the doctests.
-collect_ignore = [] if importlib.util.find_spec("triton") else ["sae_afa_plugin/triton_kernel.py"]
+collect_ignore = (
+    [] if importlib.util.find_spec("triton") else ["sae_afa_plugin/rules/triton_kernel.py"]
+)

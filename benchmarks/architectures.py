@@ -23,10 +23,10 @@ import torch
 from sae_lens import TrainingSAEConfig
 
 from sae_afa_plugin import TopAFATrainingSAEConfig
-from sae_afa_plugin.comparison import topk_pair, train_and_evaluate
-from sae_afa_plugin.demo.run import DEMOS
-from sae_afa_plugin.demo.text import standard_library_texts
-from sae_afa_plugin.tokens import tokenize
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import tokenize
+from sae_afa_plugin.demo import DEMOS
+from sae_afa_plugin.training.comparison import topk_pair, train_and_evaluate
 
 COEFFICIENTS = {"1/32": 1 / 32, "1/128": 1 / 128}
 KS = (32, 64, 128)

@@ -7,20 +7,20 @@ SAELens takes one.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from sae_afa_plugin.activation import top_afa
 from sae_afa_plugin.evals import AFAEvalConfig, AFAEvaluator, run_evals
 from sae_afa_plugin.evaluation import evaluate_release, evaluate_saes
-from sae_afa_plugin.families import afa_token_metrics
 from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilon_lbo
-from sae_afa_plugin.recipes import paper_runner_config
-from sae_afa_plugin.registration import register
 from sae_afa_plugin.results import AFAResults
-from sae_afa_plugin.sae import (
+from sae_afa_plugin.rules.operator import top_afa
+from sae_afa_plugin.saes.registration import register
+from sae_afa_plugin.saes.topafa import (
     TopAFASAE,
     TopAFASAEConfig,
     TopAFATrainingSAE,
     TopAFATrainingSAEConfig,
 )
+from sae_afa_plugin.spaces import afa_token_metrics
+from sae_afa_plugin.training.recipes import paper_runner_config
 
 if TYPE_CHECKING:
     from sae_afa_plugin import plots

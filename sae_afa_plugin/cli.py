@@ -16,15 +16,17 @@ from safetensors import SafetensorError
 
 import sae_afa_plugin
 from sae_afa_plugin import __version__
-from sae_afa_plugin.comparison import EVALUATION_FOLDER
-from sae_afa_plugin.demo.model import embedded_model_facts
-from sae_afa_plugin.demo.run import DEMOS, run_demo
+from sae_afa_plugin.activations.embedded import embedded_model_facts
+from sae_afa_plugin.activations.models import check_model_name
+from sae_afa_plugin.activations.tokens import PROTOCOLS
+from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
-from sae_afa_plugin.models import check_model_name
-from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults, results_table
+from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
-from sae_afa_plugin.tokens import PROTOCOLS
-from sae_afa_plugin.training import LOG_FILENAME, LoggedTrainingRunner
+from sae_afa_plugin.tables import results_table
+from sae_afa_plugin.training.comparison import EVALUATION_FOLDER
+from sae_afa_plugin.training.log import LOG_FILENAME
+from sae_afa_plugin.training.runners import LoggedTrainingRunner
 
 _LONGEST_MESSAGE = 600  # characters; some libraries list every name they know
 

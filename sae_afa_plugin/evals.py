@@ -21,10 +21,10 @@ from sae_lens.training.activations_store import ActivationsStore
 from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
-from sae_afa_plugin.families import AFAReader, why_not
+from sae_afa_plugin.activations.hooks import hook_in, stop_layer
+from sae_afa_plugin.activations.tokens import TokenSample
 from sae_afa_plugin.metrics import TokenColumns, is_finite, summarize
-from sae_afa_plugin.models import hook_in, stop_layer
-from sae_afa_plugin.tokens import TokenSample
+from sae_afa_plugin.spaces import AFAReader, why_not
 
 # [tokens, d_sae] matrices of a chunk: 200 MB each in float32 for 49,152 features
 _TOKENS_AT_ONCE = 1024

@@ -26,14 +26,10 @@ from sae_lens import SAE
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_afa_plugin.evals import core_metrics
-from sae_afa_plugin.families import AFAReader, why_not
-from sae_afa_plugin.metrics import TokenColumns, dictionary_coherence, is_finite, summarize
-from sae_afa_plugin.models import hook_in, load_language_model, shared_model, wanted_hooks
-from sae_afa_plugin.recording import RecordedActivations
-from sae_afa_plugin.results import AFAResults, FinishedSAE, ResultsFolder
-from sae_afa_plugin.sources import SAESource, shown_origin, sources_of, sources_of_release
-from sae_afa_plugin.tokens import (
+from sae_afa_plugin.activations.hooks import check_hook, hook_in, hook_shapes, wanted_hooks
+from sae_afa_plugin.activations.models import load_language_model, shared_model
+from sae_afa_plugin.activations.recording import RecordedActivations
+from sae_afa_plugin.activations.tokens import (
     PROTOCOLS,
     AnyDataset,
     Protocol,
@@ -41,7 +37,11 @@ from sae_afa_plugin.tokens import (
     content_of,
     sample_tokens,
 )
-from sae_afa_plugin.training import check_hook, hook_shapes
+from sae_afa_plugin.evals import core_metrics
+from sae_afa_plugin.metrics import TokenColumns, dictionary_coherence, is_finite, summarize
+from sae_afa_plugin.results import AFAResults, FinishedSAE, ResultsFolder
+from sae_afa_plugin.sources import SAESource, shown_origin, sources_of, sources_of_release
+from sae_afa_plugin.spaces import AFAReader, why_not
 
 _DATASETS = {"default": "Skylion007/openwebtext", "paper": "NeelNanda/pile-10k"}
 # matrices [tokens, d_sae] that live at once: an encoder has up to three, the metric two
@@ -131,10 +131,10 @@ def evaluate_saes(
         saes: By name: an SAE, the folder of a saved one, or ``(release, sae_id)``.
         model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``; the
             name of a model; a local folder; or None for the one that the SAEs' metadata name.
-        dataset: See :func:`sae_afa_plugin.tokens.sample_tokens`. None: openwebtext, or pile-10k
+        dataset: See :func:`sae_afa_plugin.activations.tokens.sample_tokens`. None: openwebtext, or pile-10k
             for the paper's protocol.
         options: ``protocol`` (``"default"``, ``"paper"`` or a
-            :class:`sae_afa_plugin.tokens.Protocol`) and any field of it, ``dataset_config``,
+            :class:`sae_afa_plugin.activations.tokens.Protocol`) and any field of it, ``dataset_config``,
             ``split``, any field of :class:`Evaluation`, and ``out``: a folder where each SAE's
             results are kept as soon as they are known, so that an interrupted evaluation
             continues.

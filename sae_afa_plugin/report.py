@@ -21,7 +21,9 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_afa_plugin import plots
-from sae_afa_plugin.results import REPORT_FILENAME, AFAResults, shown, shown_columns, write_whole
+from sae_afa_plugin.results import REPORT_FILENAME, AFAResults
+from sae_afa_plugin.store import write_whole
+from sae_afa_plugin.tables import shown, shown_columns
 
 _POINTS = 100_000  # of the interactive plot, over all SAEs
 _EXTREMES = 8  # tokens on either side

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +22,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+
+from sae_afa_plugin.store import write_json, write_whole
 
 SCHEMA_VERSION = 1
 RESULTS_FILENAME = "results.json"
@@ -80,7 +75,7 @@ class AFAResults:
             folder / SEQUENCES_FILENAME,
             lambda path: self.sequences.to_parquet(path, engine="pyarrow", index=False),
         )
-        _write_json(
+        write_json(
             folder / RESULTS_FILENAME,
             {
                 "schema_version": SCHEMA_VERSION,
@@ -135,124 +130,7 @@ class AFAResults:
         return cls(summary, tokens, sequences, metadata)
 
     def __str__(self) -> str:
-        return self.summary[list(shown_columns(self.summary))].to_string()
-
-
-# columns of the summary that are shown in a terminal, with their headings
-_SHOWN = {
-    "l0_mean": "L0",
-    "catalogue_l0": "L0 in the\ncatalogue",
-    "nmse_mean": "NMSE\n(mean)",
-    "nmse_median": "NMSE\n(median)",
-    "core_ce_loss_score": "CE\nrecovered",
-    "norm_z_median": "||z||",
-    "norm_f_median": "||f||",
-    "norm_ratio_median": "||f||/||z||",
-    "over_activated": "over-\nactivated",
-    "epsilon_lbo_median": "ε LBO",
-    "interference_median": "inter-\nference",
-    "max_abs_cos": "cohe-\nrence",
-    "dead_features": "dead",
-    "training_seconds": "training\nseconds",
-}
-# where the terminal is narrow, the first of these go first
-_LESS_NEEDED = (
-    "norm_z_median",
-    "norm_f_median",
-    "training_seconds",
-    "max_abs_cos",
-    "nmse_median",
-    "dead_features",
-    "epsilon_lbo_median",
-    "catalogue_l0",
-    "interference_median",
-)
-
-
-def shown_columns(summary: pd.DataFrame) -> dict[str, str]:
-    """The columns that people are shown, with their headings, as far as they are known."""
-    return {
-        column: heading
-        for column, heading in _SHOWN.items()
-        if column in summary and summary[column].notna().any()
-    }
-
-
-def results_table(results: AFAResults, title: str = "", width: int | None = None) -> Table:
-    """The summary as a table for the terminal: medians over tokens; L0 and shares are means.
-
-    Args:
-        results: What to show.
-        title: Above the table.
-        width: Characters in a line. Columns that do not fit are left out; ``summary.csv`` has
-            them all.
-    """
-    columns = list(shown_columns(results.summary))
-    less_needed = [column for column in _LESS_NEEDED if column in columns]
-    while True:
-        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("SAE", no_wrap=True)
-        for column in columns:
-            table.add_column(_SHOWN[column], justify="right", no_wrap=True, vertical="bottom")
-        for name, row in results.summary.iterrows():
-            table.add_row(Text(str(name)), *(shown(column, row[column]) for column in columns))
-        table.title = None  # it may wrap, and must not count here
-        fits = width is None or Console(width=10_000).measure(table).minimum <= width
-        table.title = Text(title)
-        if fits or not less_needed:
-            return table
-        columns.remove(less_needed.pop(0))
-
-
-def shown(column: str, value: Any) -> str:
-    """A value of the summary, as it is read best."""
-    if pd.isna(value):
-        return "-"
-    if column == "dead_features":
-        return f"{int(value):,}"
-    if column == "over_activated":
-        return f"{value:.1%}"
-    if column == "epsilon_lbo_median":
-        return f"{value:.2e}"
-    if column in ("l0_mean", "catalogue_l0", "training_seconds"):
-        return f"{value:.1f}"
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
-
-
-# --- writing ---
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is complete or not there, whatever happens.
-
-    Args:
-        path: The file.
-        write: Writes to the path that it is given.
-
-    Raises:
-        OSError: If that fails, with what to do.
-    """
-    partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"{path.name} could not be written in {str(path.parent)!r} "
-                f"({error.strerror or error}): nothing that was finished is lost, mend this and "
-                "run the same again"
-            ) from error
-        raise
-
-
-def _write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+        return self.summary.to_string()
 
 
 # --- continuing ---
@@ -361,7 +239,7 @@ class ResultsFolder:
                     "made with: use another folder, or delete this one"
                 )
         self._unfinished.mkdir(parents=True, exist_ok=True)
-        _write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
+        write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
         write_whole(place, lambda path: sequences.to_parquet(path, engine="pyarrow", index=False))
 
     def leave(self) -> None:

@@ -39,7 +39,7 @@ from sae_lens.registry import get_sae_class
 from safetensors import SafetensorError
 from typing_extensions import override
 
-from sae_afa_plugin.families import why_not
+from sae_afa_plugin.spaces import why_not
 
 _SHOWN_IDS = 8
 _NEEDED = ("d_in", "d_sae", "normalize_activations", "metadata")

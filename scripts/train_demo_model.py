@@ -1,14 +1,14 @@
 """Train the embedded language model: python scripts/train_demo_model.py [--steps N].
 
 A GPT-2 of 3.4 million parameters on the documentation of Python: the standard library's
-(without its held-out part, see ``sae_afa_plugin/demo/text.py``) and the docstrings of the
+(without its held-out part, see ``sae_afa_plugin/activations/text.py``) and the docstrings of the
 packages installed beside this one. Nothing is downloaded. The tokenizer is a byte-level BPE
 trained on the same text. A docstring that shares a line of 40 characters or more with the
 held-out text is dropped, since packages carry copies of standard library modules.
 
 Writes model.safetensors (float16), config.json, tokenizer.json and training.json (how it was
 made, the validation loss and the unigram entropy of the held-out text) to
-``sae_afa_plugin/demo/assets``. With the default 2,200 steps it takes about an hour on 2 cores.
+``sae_afa_plugin/activations/assets``. With the default 2,200 steps it takes about an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_afa_plugin.demo.text import (
+from sae_afa_plugin.activations.text import (
     docstrings,
     python_sources,
     standard_library_documents,
 )
 
-ASSETS = Path(__file__).parents[1] / "sae_afa_plugin" / "demo" / "assets"
+ASSETS = Path(__file__).parents[1] / "sae_afa_plugin" / "activations" / "assets"
 PACKAGES = [
     "torch",
     "transformers",

@@ -27,9 +27,9 @@ from sae_lens.loading.pretrained_saes_directory import (
 from transformer_lens.loading_from_pretrained import get_official_model_name
 from transformers import AutoTokenizer
 
-from sae_afa_plugin.demo.model import hooked_gpt2
-from sae_afa_plugin.demo.text import standard_library_texts
-from sae_afa_plugin.tokens import tokenize
+from sae_afa_plugin.activations.embedded import hooked_gpt2
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import tokenize
 
 MOST_SECONDS = 240
 MOST_BYTES = 300_000

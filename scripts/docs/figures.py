@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from sae_lens import TopKTrainingSAEConfig
 
 from sae_afa_plugin import AFAResults, TopAFATrainingSAEConfig, plots, top_afa
-from sae_afa_plugin.comparison import Comparison, train_and_evaluate
-from sae_afa_plugin.demo.model import EMBEDDED_NAME, load_embedded_model
-from sae_afa_plugin.demo.text import standard_library_texts
-from sae_afa_plugin.tokens import tokenize
+from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, load_embedded_model
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import tokenize
+from sae_afa_plugin.training.comparison import Comparison, train_and_evaluate
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
 KEPT, DROPPED, TARGET = "#0072B2", "#BBBBBB", "#D55E00"

@@ -11,11 +11,11 @@ import torch
 from sae_lens import SAE
 
 from sae_afa_plugin import cli
-from sae_afa_plugin.demo.model import load_embedded_model
-from sae_afa_plugin.demo.run import DEMOS
-from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.activations.embedded import load_embedded_model
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import tokenize
+from sae_afa_plugin.demo import DEMOS
 from sae_afa_plugin.results import AFAResults
-from sae_afa_plugin.tokens import tokenize
 
 
 @pytest.fixture(scope="module")

@@ -112,7 +112,7 @@ from pathlib import Path
 import torch
 from sae_lens import LoggingConfig, MultiSAETrainingRunnerConfig
 from sae_afa_plugin import TopAFATrainingSAEConfig, paper_runner_config
-from sae_afa_plugin.training import LoggedTrainingRunner
+from sae_afa_plugin.training.runners import LoggedTrainingRunner
 one_sae_config = paper_runner_config(
     layer=8, n_checkpoints=1, checkpoint_path="checkpoints", output_path="output/first", **small
 )
@@ -135,7 +135,7 @@ NOT_RUN = {
     ("docs/neighbours.md", "import sae_afa_plugin\nfrom sae_bench.evals.core.main"): (
         "SAEBench cannot be installed beside the test suite's versions; tried by hand"
     ),
-    ("docs/contributing.md", "python -m pytest tests/unit/test_activation.py"): (
+    ("docs/contributing.md", "python -m pytest tests/unit/rules/test_operator.py"): (
         "is part of this test suite"
     ),
 }
@@ -295,7 +295,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "120"
 from sae_afa_plugin import cli
-from sae_afa_plugin.demo.run import DEMOS
+from sae_afa_plugin.demo import DEMOS
 
 demo = DEMOS["embedded"]
 short = replace(demo.setup, training_tokens=3 * 1024, heldout_tokens=500, ce_tokens=1024)

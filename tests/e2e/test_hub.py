@@ -15,7 +15,7 @@ from helpers.models import gpt2_tokenizer, tiny_gpt2
 from sae_lens import SAE
 
 from sae_afa_plugin import TopAFASAE, TopAFATrainingSAE, TopAFATrainingSAEConfig
-from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.activations.text import standard_library_texts
 
 HOOK = "blocks.1.hook_resid_pre"
 D_MODEL = 32
@@ -132,7 +132,7 @@ def test_uploaded_saes_come_back_as_they_were(
         "blocks.1.hook_resid_pre",  # from an object
     ]
     for sae in uploaded:
-        assert sae["class"] == "sae_afa_plugin.sae.TopAFASAE"
+        assert sae["class"] == "sae_afa_plugin.saes.topafa.TopAFASAE"
         assert sae["architecture"] == "topafa"
         assert sae["same"]
         assert 0 < sae["active"] < 32 * 64
@@ -186,7 +186,7 @@ def test_saelens_runner_trains_with_everything_from_the_hub(
     before = len(hub.requests)
     code = """
 from sae_lens import LanguageModelSAETrainingRunner
-from sae_afa_plugin.recipes import paper_runner_config
+from sae_afa_plugin.training.recipes import paper_runner_config
 from transformer_lens import HookedTransformer
 
 print(HookedTransformer.from_pretrained("gpt2").cfg.d_model)
@@ -209,7 +209,7 @@ def test_paper_config_trains_with_its_own_batch_context_and_buffer(
 ) -> None:
     code = """
 from sae_lens import LanguageModelSAETrainingRunner
-from sae_afa_plugin.recipes import paper_runner_config
+from sae_afa_plugin.training.recipes import paper_runner_config
 
 cfg = paper_runner_config(
     layer=1, d_in=32, d_sae=128, training_tokens=2 * 4096,

@@ -9,7 +9,7 @@ from sae_lens import HookedSAETransformer
 from transformer_lens import HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_afa_plugin.demo.model import ASSETS
+from sae_afa_plugin.activations.embedded import ASSETS
 
 
 def tiny_hooked_sae_transformer(d_model: int = 16, seed: int = 0) -> HookedSAETransformer:

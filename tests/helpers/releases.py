@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.models import gpt2_tokenizer, tiny_gpt2
-from sae_afa_plugin.demo.text import standard_library_texts
+from sae_afa_plugin.activations.text import standard_library_texts
 
 RELEASE = "gpt2-small-res-jb"
 RELEASE_IDS = [*(f"blocks.{i}.hook_resid_pre" for i in range(12)), "blocks.11.hook_resid_post"]

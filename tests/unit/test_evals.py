@@ -31,9 +31,9 @@ from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 
 from sae_afa_plugin import AFAEvalConfig, AFAEvaluator, TopAFATrainingSAEConfig, run_evals
-from sae_afa_plugin.demo.model import load_embedded_model
-from sae_afa_plugin.demo.text import standard_library_texts
-from sae_afa_plugin.tokens import tokenize
+from sae_afa_plugin.activations.embedded import load_embedded_model
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import tokenize
 
 HOOK = "blocks.2.hook_resid_pre"
 D_IN, CONTEXT, PROMPTS = 192, 32, 4

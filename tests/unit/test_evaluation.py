@@ -26,9 +26,9 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sae_afa_plugin import AFAResults, TopAFASAE, TopAFASAEConfig, evaluate_saes
-from sae_afa_plugin.demo.model import _tokenizer
+from sae_afa_plugin.activations.embedded import _tokenizer
+from sae_afa_plugin.activations.hooks import hook_in, wanted_hooks
 from sae_afa_plugin.metrics import summarize
-from sae_afa_plugin.models import hook_in, wanted_hooks
 from sae_afa_plugin.sources import sources_of_release
 
 D_MODEL, HEADS, D_HEAD = 16, 4, 4
@@ -487,7 +487,7 @@ def test_a_token_that_is_not_finite_makes_no_feature_alive(tokens):
         sae.b_enc[:5] = -1e4
     for sparse in (-1.0, 1.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sae_afa_plugin.families._SPARSE_BELOW", sparse)
+            patch.setattr("sae_afa_plugin.spaces._SPARSE_BELOW", sparse)
             assert evaluate({"a": sae}, model, tokens).summary.loc["a", "dead_features"] >= 5
 
 

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from sae_afa_plugin import cli
 from sae_afa_plugin.metrics import AFATokenMetrics
 from sae_afa_plugin.report import render_report, reproducing_command, write_report
-from sae_afa_plugin.results import shown, shown_columns
+from sae_afa_plugin.tables import shown, shown_columns
 
 NAMES = ["topk", "<b>bold</b> & co", "batch"]
 RATIO, NMSE, L0, CONTEXT = range(4)  # columns of the lists of tokens

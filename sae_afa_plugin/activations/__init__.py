@@ -1,0 +1,1 @@
+"""Where activations come from: language models, their hooks and text, and recordings."""

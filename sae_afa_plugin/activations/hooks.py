@@ -1,0 +1,118 @@
+"""Hooks of language models: what an SAE's metadata call them, how wide they are, how far to run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from sae_lens.load_model import HookedProxyLM
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+
+def hook_in(model: Any, metadata: Mapping[str, Any], suffix: str = "") -> str | None:
+    """The name that a hook of an SAE has in this model.
+
+    Args:
+        model: The language model.
+        metadata: The SAE's metadata.
+        suffix: ``""`` for the hook it reads, ``"_out"`` for the one a transcoder writes.
+    """
+    hf_name = str(metadata.get(f"hf_hook_name{suffix}") or "")
+    if isinstance(model, HookedProxyLM) and hf_name:
+        return hf_name.removesuffix(".output")  # its hooks are the modules' outputs
+    name = metadata.get(f"hook_name{suffix}")
+    if name and name.endswith(".hook_mlp_in") and hf_name.endswith("layernorm.output"):
+        # Gemma Scope 2 says hook_mlp_in, which is before the layer norm, and means behind it
+        return name.removesuffix("hook_mlp_in") + "mlp.hook_in"
+    return name
+
+
+def wanted_hooks(metadata: Mapping[str, Any]) -> set[str]:
+    """The hooks that an SAE needs, by all names that they may have.
+
+    Args:
+        metadata: The SAE's metadata.
+    """
+    names: set[str] = set()
+    for suffix in ("", "_out"):
+        if name := metadata.get(f"hook_name{suffix}"):
+            hf_name = str(metadata.get(f"hf_hook_name{suffix}") or "").removesuffix(".output")
+            names |= {hook_in(None, metadata, suffix) or name, *([hf_name] if hf_name else [])}
+    return names
+
+
+def stop_layer(hook_names: Iterable[str]) -> int | None:
+    """The ``stop_at_layer`` of a pass that reaches all these hooks; None for the whole model."""
+    layers = [extract_stop_at_layer_from_tlens_hook_name(name) for name in hook_names]
+    known = [layer for layer in layers if layer is not None]
+    return max(known) if len(known) == len(layers) else None
+
+
+def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
+    """Shapes of the activations at these hooks, by one pass over two tokens.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+        hook_names: The hooks. Those that the model does not have are left out; with some models
+            one of these leaves out all others too.
+    """
+    try:
+        # Looked up by running the model: a TransformerBridge answers to aliases as well.
+        cache = model.run_with_cache(
+            torch.zeros(1, 2, dtype=torch.long, device=_device(model)),
+            names_filter=list(hook_names),
+            stop_at_layer=stop_layer(hook_names),
+            prepend_bos=False,
+        )[1]
+    except (KeyError, IndexError, AttributeError):
+        return {}
+    shapes: dict[str, torch.Size] = {}
+    for name in hook_names:
+        with suppress(KeyError):
+            shapes[name] = cache[name].shape
+    return shapes
+
+
+def check_hook(
+    model: Any,
+    hook_name: str,
+    d_in: int,
+    head_index: int | None = None,
+    known: Mapping[str, torch.Size] | None = None,
+) -> None:
+    """Make sure that a hook exists and is as wide as the SAE, before anything is trained.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+        hook_name: The hook to read.
+        d_in: The SAE's input width.
+        head_index: The head that is read, where the hook has heads.
+        known: What :func:`hook_shapes` has found; what it lacks is looked for again.
+
+    Raises:
+        ValueError: If there is no such hook, or its activations have another width.
+    """
+    shape = (known or {}).get(hook_name) or hook_shapes(model, [hook_name]).get(hook_name)
+    if shape is None:
+        near = get_close_matches(hook_name, list(model.hook_dict), n=3)
+        hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"the model has no hook {hook_name!r}{hint}")
+    heads = shape[2] if len(shape) == 4 else 0
+    if head_index is not None and not -heads <= head_index < heads:
+        raise ValueError(
+            f"hook_head_index={head_index} does not fit {hook_name!r}, which has "
+            f"{heads or 'no'} heads"
+        )
+    width = shape[-1] if len(shape) == 3 or head_index is not None else shape[2:].numel()
+    if width != d_in:
+        raise ValueError(
+            f"the activations at {hook_name!r} have width {width}, but the SAE has d_in={d_in}: "
+            f"set d_in={width} or choose another hook"
+        )
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

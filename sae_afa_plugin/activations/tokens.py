@@ -1,0 +1,341 @@
+"""Text or tokens from wherever they are, as sequences that a language model can read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+from sae_lens.util import get_special_token_ids
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_afa_plugin.activations.text import standard_library_texts
+
+AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | Tensor | str | Path"
+
+EMBEDDED_TEXT = "embedded"
+_TOKEN_COLUMNS = ("tokens", "input_ids")
+_TEXT_COLUMNS = ("text", "problem")  # as SAELens's ActivationsStore looks for them
+_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which tokens of a dataset are evaluated.
+
+    Args:
+        n_tokens: How many, special tokens not counted.
+        context_size: Tokens in one sequence.
+        prepend_bos: Whether each sequence begins with BOS, where the tokenizer has one. None: as
+            the SAEs were trained.
+        positions: "all" tokens of a sequence, or only the "last" one of each.
+        concatenate: Whether documents are put in a row and cut into sequences. Otherwise each
+            sequence is the beginning of one document, and documents that are too short are left
+            out.
+        exclude_special_tokens: Leave out BOS, EOS, padding and the like, or the tokens of these
+            ids: their norms are up to 100 times those of other tokens.
+        subset: Of a dataset with ``meta.pile_set_name``, only this part.
+        shuffle: Whether the documents are taken in random order, by ``seed``.
+        seed: For the order of documents.
+    """
+
+    n_tokens: int = 50_000
+    context_size: int = 128
+    prepend_bos: bool | None = None
+    positions: Literal["all", "last"] = "all"
+    concatenate: bool = True
+    exclude_special_tokens: bool | tuple[int, ...] = True
+    subset: str | None = None
+    shuffle: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("all", "last"):
+            raise ValueError(f"positions must be 'all' or 'last': got {self.positions!r}")
+        for name in ("n_tokens", "context_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+
+
+PROTOCOLS = {
+    "default": Protocol(),
+    # the paper's own evaluation, on NeelNanda/pile-10k
+    "paper": Protocol(
+        n_tokens=1000,
+        prepend_bos=True,
+        positions="last",
+        concatenate=False,
+        subset="OpenWebText2",
+        shuffle=True,
+    ),
+}
+
+
+class TokenSample(NamedTuple):
+    """Sequences, and which of their tokens are evaluated.
+
+    Args:
+        tokens: int64 ``[n, context_size]``.
+        keep: bool ``[n, context_size]``.
+        n_special: Special tokens among the positions that were asked for, left out.
+    """
+
+    tokens: Tensor
+    keep: Tensor
+    n_special: int
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens are evaluated."""
+        return int(self.keep.sum())
+
+
+def tokenize(
+    model: Any, texts: Iterable[str], context_size: int, prepend_bos: bool = True
+) -> Tensor:
+    """Texts in a row, cut into sequences: int64 ``[n, context_size]``.
+
+    Args:
+        model: Anything with TransformerLens's ``to_tokens`` and ``tokenizer``.
+        texts: Documents; the BOS token separates them.
+        context_size: Tokens in one sequence.
+        prepend_bos: Whether each sequence is led by BOS.
+
+    Raises:
+        ValueError: If the texts do not fill one sequence.
+    """
+    rows = list(_sequences(model, texts, Protocol(1, context_size, prepend_bos)))
+    if not rows:
+        raise ValueError(
+            f"the texts do not fill one sequence of {context_size} tokens: bring more text or "
+            "use a smaller context_size"
+        )
+    return torch.stack(rows)
+
+
+def sample_tokens(
+    model: Any,
+    dataset: AnyDataset,
+    protocol: Protocol,
+    dataset_config: str | None = None,
+    split: str = "train",
+    progress: bool = True,
+) -> TokenSample:
+    """The first tokens of a dataset that the protocol asks for.
+
+    Args:
+        model: Anything with TransformerLens's ``to_tokens`` and ``tokenizer``.
+        dataset: A dataset with a column ``tokens``, ``input_ids`` or ``text``; token sequences
+            int64 ``[n, at least context_size]``; a folder or file (``.txt``, ``.jsonl``,
+            ``.csv``, ``.parquet``); ``"embedded"``, the documentation of Python that the
+            embedded model has not seen; or the name of a dataset on the hub, which is streamed.
+        protocol: Which tokens.
+        dataset_config: Configuration of a dataset on the hub, where it has several.
+        split: Split of a dataset that has several.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If the dataset has neither text nor tokens, or no token is left.
+    """
+    special = _special_tokens(model, protocol.exclude_special_tokens)
+    kept: list[Tensor] = []
+    masks: list[Tensor] = []
+    n_kept = n_special = 0
+    with tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress) as bar:
+        for row in _rows(model, dataset, protocol, dataset_config, split):
+            wanted = torch.ones_like(row, dtype=torch.bool)
+            if protocol.positions == "last":
+                wanted[:-1] = False
+            is_special = wanted & torch.isin(row, special)
+            mask = wanted & ~is_special
+            surplus = n_kept + int(mask.sum()) - protocol.n_tokens
+            if surplus > 0:
+                mask[mask.nonzero()[-surplus:, 0]] = False
+            kept.append(row)
+            masks.append(mask)
+            n_special += int(is_special.sum())
+            n_kept += int(mask.sum())
+            bar.update(int(mask.sum()))
+            if n_kept >= protocol.n_tokens:
+                break
+    if n_kept == 0:
+        raise ValueError(
+            f"no token is left to evaluate: {len(kept)} sequences of {protocol.context_size} "
+            f"tokens were read and {n_special} of the tokens asked for are special. Bring more or "
+            "longer text, use a smaller context_size, or pass exclude_special_tokens=False "
+            "(--keep-special-tokens)"
+        )
+    return TokenSample(torch.stack(kept), torch.stack(masks), n_special)
+
+
+def _special_tokens(model: Any, exclude: bool | tuple[int, ...]) -> Tensor:
+    if exclude is False:
+        return torch.empty(0, dtype=torch.long)
+    if exclude is not True:
+        return torch.tensor(exclude, dtype=torch.long)
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError(
+            "the model has no tokenizer, so its special tokens are unknown: pass their ids as "
+            "exclude_special_tokens, or False to leave none out"
+        )
+    return torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
+
+
+def _rows(
+    model: Any, dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
+) -> Iterator[Tensor]:
+    """Sequences of exactly context_size tokens."""
+    size = protocol.context_size
+    if isinstance(dataset, Tensor):
+        if dataset.ndim != 2 or dataset.shape[1] < size:
+            raise ValueError(
+                f"token sequences must have shape [n, {size} or more]: got {tuple(dataset.shape)}; "
+                "pass the right context_size"
+            )
+        yield from dataset[:, :size].long().cpu()
+        return
+    documents = _documents(dataset, protocol, config, split)
+    first = next(documents, None)
+    if first is None:
+        part = "" if protocol.subset is None else f", or has no part {protocol.subset!r}"
+        raise ValueError(f"the dataset {_name(dataset)} is empty{part}")
+    documents = chain([first], documents)
+    for column in _TOKEN_COLUMNS:
+        if column in first:
+            tokens = (torch.as_tensor(document[column]).long() for document in documents)
+            yield from _cut(tokens, size, column)
+            return
+    for column in _TEXT_COLUMNS:
+        if column in first:
+            yield from _sequences(model, (str(row[column] or "") for row in documents), protocol)
+            return
+    raise ValueError(
+        f"the dataset {_name(dataset)} has neither tokens nor text: it has the columns "
+        f"{sorted(first)}, and one of {[*_TOKEN_COLUMNS, *_TEXT_COLUMNS]} is needed"
+    )
+
+
+def _cut(sequences: Iterable[Tensor], size: int, column: str) -> Iterator[Tensor]:
+    for sequence in sequences:
+        if len(sequence) < size:
+            raise ValueError(
+                f"the column {column!r} has a sequence of {len(sequence)} tokens, fewer than "
+                f"context_size={size}: pass context_size={len(sequence)} or less"
+            )
+        yield sequence[:size]
+
+
+def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator[Tensor]:
+    if getattr(model, "tokenizer", None) is None:
+        raise ValueError("the model has no tokenizer: bring a dataset of tokens instead of text")
+    bos = model.tokenizer.bos_token_id
+    tokens: Iterator[Tensor] = (
+        model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)[0].cpu()
+        for text in texts
+        if text
+    )
+    start = bos if protocol.prepend_bos else None
+    if protocol.concatenate:
+        yield from concat_and_batch_sequences(
+            tokens_iterator=tokens,
+            context_size=protocol.context_size,
+            begin_batch_token_id=start,
+            sequence_separator_token_id=bos,
+        )
+        return
+    lead = torch.tensor([] if start is None else [start], dtype=torch.long)
+    for document in tokens:
+        sequence = torch.cat([lead, document])[: protocol.context_size]
+        if len(sequence) == protocol.context_size:
+            yield sequence
+
+
+# --- where documents come from ---
+
+
+def content_of(dataset: AnyDataset) -> str | None:
+    """A hash that changes when a local or in-memory dataset does; None for the hub and streams."""
+    if isinstance(dataset, Tensor):
+        return hashlib.sha256(dataset.cpu().numpy().tobytes()).hexdigest()[:16]
+    if isinstance(dataset, Dataset):
+        return dataset._fingerprint
+    if not isinstance(dataset, str | Path) or not Path(dataset).exists():
+        return None
+    place = Path(dataset)
+    digest = hashlib.sha256()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            about = file.stat()
+            digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _name(dataset: AnyDataset) -> str:
+    return repr(str(dataset)) if isinstance(dataset, str | Path) else "that was passed"
+
+
+def _documents(
+    dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
+) -> Iterator[Mapping[str, Any]]:
+    name = _name(dataset)
+    if isinstance(dataset, str | Path):
+        place = Path(dataset)
+        if place.is_file() and place.suffix not in (".txt", *_READERS):
+            raise ValueError(
+                f"the file {name} is of no known kind: use .txt or one of {sorted(_READERS)}"
+            )
+        known = place.exists() or str(dataset) == EMBEDDED_TEXT
+        what = "" if known else "neither a local file or folder nor on the hub: it "
+        try:
+            dataset = _open(str(dataset), config, split)
+        # datasets lets IndexError and StopIteration out of empty folders and files
+        except (OSError, ValueError, RuntimeError, DatasetsError, LookupError, StopIteration) as e:
+            raise ValueError(
+                f"the dataset {name} {'is ' + what if what else ''}cannot be read "
+                f"({type(e).__name__}: {e})"
+            ) from e
+    if isinstance(dataset, DatasetDict):
+        if split not in dataset:
+            raise ValueError(
+                f"the dataset has no split {split!r}: it has {sorted(map(str, dataset))}"
+            )
+        dataset = dataset[split]
+    if protocol.shuffle and isinstance(dataset, IterableDataset):
+        dataset = dataset.shuffle(seed=protocol.seed, buffer_size=_SHUFFLE_BUFFER)
+    elif protocol.shuffle and isinstance(dataset, Dataset):
+        dataset = dataset.shuffle(seed=protocol.seed)
+    rows: Any = dataset  # IterableDataset tells type checkers of other kinds of rows
+    try:
+        for row in rows:
+            meta = row.get("meta")
+            part = meta.get("pile_set_name") if isinstance(meta, dict) else None
+            if protocol.subset is None or part in (None, protocol.subset):
+                yield row
+    except (OSError, ValueError, DatasetsError) as error:  # a stream is read only now
+        raise ValueError(
+            f"the dataset {name} cannot be read ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict | IterableDataset:
+    place = Path(dataset)
+    if dataset == EMBEDDED_TEXT:
+        return Dataset.from_dict({"text": standard_library_texts("heldout")})
+    if place.is_file():
+        if place.suffix == ".txt":
+            return Dataset.from_dict({"text": [place.read_text(encoding="utf-8")]})
+        return load_dataset(_READERS[place.suffix], data_files=dataset, split="train")
+    if place.is_dir():
+        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+            return load_from_disk(dataset)
+        return load_dataset(dataset, config, split=split)
+    return load_dataset(dataset, config, split=split, streaming=True)

@@ -1,1 +1,0 @@
-"""The embedded default: a small language model, its text, and the demonstration."""

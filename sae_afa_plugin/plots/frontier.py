@@ -1,0 +1,93 @@
+"""Error against sparsity, for several architectures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from sae_afa_plugin.plots.style import Results, axes_of, colours, literal, merged, styled
+
+_MARKERS = "osD^vPX*"
+
+
+@styled
+def frontier_plot(
+    results: Results | pd.DataFrame, ax: Axes | None = None, ce_recovered: bool = False
+) -> Figure:
+    """L0 against the error, one line for each architecture; lower left is better.
+
+    Args:
+        results: What to draw, or a table with ``architecture``, ``l0_mean`` and ``nmse_mean``
+            (or ``core_ce_loss_score``). Rows that share a value in a column ``group`` are runs
+            of one setting with different seeds: their mean is drawn, with the standard
+            deviation as error bars.
+        ax: Axes to draw into.
+        ce_recovered: Draw the share of the loss that is lost, ``1 - core_ce_loss_score``,
+            instead of NMSE.
+
+    Raises:
+        ValueError: If a column is missing.
+    """
+    table = results if isinstance(results, pd.DataFrame) else merged(results).summary
+    column = "core_ce_loss_score" if ce_recovered else "nmse_mean"
+    missing = [name for name in ("architecture", "l0_mean", column) if name not in table]
+    if missing:
+        raise ValueError(
+            f"the table has no column {', '.join(missing)}"
+            + (": evaluate with core=True (--core)" if ce_recovered else "")
+        )
+    figure, ax = axes_of(ax, (5.6, 4.2))
+    # a BatchTopK SAE is saved as a JumpReLU one: how it was trained says more, where it is known
+    kind = table.get("trained_as", table["architecture"])
+    error = 1 - table[column] if ce_recovered else table[column]
+    alone = pd.Series(range(len(table)), table.index)
+    points = pd.DataFrame(
+        {
+            "kind": kind,
+            "group": table.get("group", alone),
+            "l0": table["l0_mean"],
+            "error": error,
+        }
+    )
+    colour = colours(sorted(points["kind"].unique()))
+    best = (np.inf, 0.0)
+    for number, (name, of_kind) in enumerate(points.groupby("kind")):
+        runs = of_kind.groupby("group")[["l0", "error"]]
+        mean: Any = runs.mean()
+        spread: Any = runs.std(ddof=1)
+        order = mean["l0"].argsort().to_numpy()
+        mean, spread = mean.iloc[order], spread.iloc[order]
+        ax.errorbar(
+            mean["l0"],
+            mean["error"],
+            xerr=spread["l0"].fillna(0),
+            yerr=spread["error"].fillna(0),
+            color=colour[str(name)],
+            marker=_MARKERS[number % len(_MARKERS)],
+            ms=5,
+            lw=1.2,
+            capsize=2,
+            label=literal(str(name)),
+        )
+        lowest = mean["error"].idxmin()
+        best = min(best, (mean["error"][lowest], mean["l0"][lowest]))
+    ax.plot(best[1], best[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
+    ax.annotate("best", (best[1], best[0]), xytext=(0, -9), textcoords="offset points",
+                ha="center", va="top", fontsize=8)  # fmt: skip
+    ax.margins(0.08, 0.12)
+    ax.set(xscale="log", yscale="log", xlabel="active features (L0)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axis.set_minor_formatter(
+            FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+        )
+        for label in axis.get_minorticklabels():
+            label.set_fontsize(8)
+    ax.set_ylabel("1 - CE recovered" if ce_recovered else "NMSE")
+    ax.legend(fontsize="small")
+    return figure

@@ -1,0 +1,1 @@
+"""SAE architectures for SAELens, one file each, and what they share."""

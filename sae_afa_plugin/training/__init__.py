@@ -1,0 +1,1 @@
+"""Training SAEs: SAELens's runners with a log, the paper's recipe, comparisons."""

@@ -1,0 +1,106 @@
+"""SAELens's training runners with a plain log: one JSON object per line, no wandb needed.
+
+SAELens computes the metrics of a training step only when it logs to wandb. These subclasses
+watch the trainer's public ``step`` and ask it for the same metrics; the training itself is
+SAELens's, unchanged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sae_lens import (
+    LanguageModelSAERunnerConfig,
+    LanguageModelSAETrainingRunner,
+    MultiSAETrainingRunner,
+    MultiSAETrainingRunnerConfig,
+    SAETrainer,
+)
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from typing_extensions import override
+
+from sae_afa_plugin.activations.hooks import check_hook
+from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
+
+_RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+
+
+def _new_log(cfg: _RunnerConfig, trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> TrainingLog:
+    return TrainingLog(
+        None if cfg.output_path is None else Path(cfg.output_path) / LOG_FILENAME,
+        cfg.logger.wandb_log_frequency,
+        trainer.n_training_samples // cfg.train_batch_size_tokens,
+    )
+
+
+def check_batches(model: Any, cfg: _RunnerConfig) -> None:
+    """Make sure that a runner config can give batches from this model, before it is trained.
+
+    Args:
+        model: The language model; its ``cfg.n_ctx`` is looked at where it has one.
+        cfg: The config of either runner.
+
+    Raises:
+        ValueError: If the sequences are too long for the model or the buffer holds no batch.
+    """
+    longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
+    if longest is not None and cfg.context_size > longest:
+        raise ValueError(
+            f"context_size is {cfg.context_size}, but {cfg.model_name} takes {longest} tokens at "
+            f"most: set context_size={longest} or less"
+        )
+    used = len(range(cfg.context_size)[slice(*cfg.seqpos_slice)])
+    if cfg.n_batches_in_buffer * used < cfg.train_batch_size_tokens:
+        raise ValueError(
+            f"the buffer of n_batches_in_buffer={cfg.n_batches_in_buffer} times {used} tokens is "
+            f"smaller than a batch of train_batch_size_tokens={cfg.train_batch_size_tokens}: set "
+            f"n_batches_in_buffer={-(-2 * cfg.train_batch_size_tokens // used)} or more"
+        )
+
+
+class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
+    """SAELens's runner for one SAE, with ``training_log.jsonl`` in ``cfg.output_path``.
+
+    Every ``cfg.logger.wandb_log_frequency`` steps give one line, whether wandb is used or not.
+    """
+
+    log: TrainingLog
+
+    @override
+    def run(self) -> Any:
+        """Train; raises ValueError first if the hook and the SAE do not fit together."""
+        check_batches(self.model, self.cfg)
+        check_hook(self.model, self.cfg.hook_name, self.sae.cfg.d_in, self.cfg.hook_head_index)
+        return super().run()
+
+    @override
+    def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
+        self.log = _new_log(self.cfg, trainer)
+        self.log.watch(trainer)
+        return super().run_trainer_with_interruption_handling(trainer)
+
+
+class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
+    """SAELens's runner for many SAEs, with ``training_log.jsonl`` in ``cfg.output_path``."""
+
+    log: TrainingLog
+
+    @override
+    def run(self) -> Any:
+        """Train; raises ValueError first if a hook and its SAE do not fit together."""
+        check_batches(self.model, self.cfg)
+        heads = self.cfg.hook_head_indices_per_sae
+        for hook_name, d_in, head_index in dict.fromkeys(  # each costs a pass of the model
+            (hook_name, self.cfg.saes[name].d_in, heads[name])
+            for name, hook_name in self.cfg.hook_names_per_sae.items()
+        ):
+            check_hook(self.model, hook_name, d_in, head_index)
+        return super().run()
+
+    @override
+    def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
+        self.log = _new_log(self.cfg, trainer)
+        for name, one in trainer.trainers.items():
+            self.log.watch(one, name)
+        return super()._run_with_interruption_handling(trainer)

@@ -1,0 +1,208 @@
+"""Which tokens of which dataset are evaluated."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+
+from sae_afa_plugin.activations.embedded import load_embedded_model
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol, sample_tokens
+
+TEXTS = [
+    "Return a list of the words in the string, using sep as the delimiter string. " * 3,
+    "Short.",
+    "Raise an exception if the file does not exist and cannot be made either. " * 3,
+    "",
+    "The name of the module is the name of its file without the extension. " * 3,
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_embedded_model()
+
+
+def sample(model, dataset, protocol=None, progress=False, **more):
+    dataset_config, split = more.pop("dataset_config", None), more.pop("split", "train")
+    protocol = protocol or Protocol(**{"n_tokens": 40, "context_size": 16, **more})
+    return sample_tokens(model, dataset, protocol, dataset_config, split, progress)
+
+
+def in_a_row(model, texts=TEXTS):
+    """All documents after each other, BOS between them."""
+    bos = model.tokenizer.bos_token_id
+    row = []
+    for text in filter(None, texts):
+        row += [*([bos] if row else []), *model.to_tokens(text, prepend_bos=False)[0].tolist()]
+    return row
+
+
+def test_texts_are_put_in_a_row_and_each_sequence_begins_with_bos(model):
+    found = sample(model, Dataset.from_dict({"text": TEXTS}), prepend_bos=True)
+    bos = model.tokenizer.bos_token_id
+    assert (found.tokens[:, 0] == bos).all()
+    assert found.tokens[:, 1:].flatten().tolist() == in_a_row(model)[: found.tokens[:, 1:].numel()]
+    assert not found.keep[found.tokens == bos].any()
+    assert found.n_tokens == 40
+    assert found.n_special == int((found.tokens == bos).sum())
+
+
+def test_without_bos_the_text_alone_fills_the_sequences(model):
+    found = sample(model, Dataset.from_dict({"text": TEXTS}), prepend_bos=False)
+    assert found.tokens.flatten().tolist() == in_a_row(model)[: found.tokens.numel()]
+
+
+def save_as(kind, folder, rows):
+    dataset = Dataset.from_list(rows)
+    file = folder / f"data.{kind}"
+    if kind == "jsonl":
+        file.write_text("\n".join(map(json.dumps, rows)))
+    elif kind == "csv":
+        dataset.to_csv(file)
+    elif kind == "parquet":
+        dataset.to_parquet(file)
+    elif kind == "saved":
+        dataset.save_to_disk(file)
+    elif kind == "saved with splits":
+        DatasetDict({"train": dataset}).save_to_disk(file)
+    else:
+        file = folder / "plain"
+        file.mkdir()
+        dataset.to_parquet(file / "train.parquet")
+    return file
+
+
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "csv", "parquet", "saved", "saved with splits", "folder"]
+)
+def test_local_files_and_folders(model, tmp_path, kind):
+    rows = [{"text": text} for text in TEXTS if text]
+    expected = sample(model, Dataset.from_list(rows), prepend_bos=True)
+    found = sample(model, str(save_as(kind, tmp_path, rows)), prepend_bos=True)
+    assert torch.equal(found.tokens, expected.tokens)
+    assert torch.equal(found.keep, expected.keep)
+
+
+def test_a_text_file_is_one_document(model, tmp_path):
+    (tmp_path / "data.txt").write_text(TEXTS[0])
+    found = sample(model, tmp_path / "data.txt", prepend_bos=True)
+    assert found.tokens[0, 1:].tolist() == in_a_row(model, TEXTS[:1])[:15]
+
+
+@pytest.mark.parametrize("column", ["tokens", "input_ids"])
+def test_a_dataset_of_tokens_and_a_tensor_are_taken_as_they_are(model, column):
+    tokens = torch.arange(60).view(3, 20)
+    for dataset in (Dataset.from_dict({column: tokens.tolist()}), tokens):
+        found = sample(model, dataset, exclude_special_tokens=(5, 25))
+        assert torch.equal(found.tokens, tokens[:, :16])
+        assert found.n_special == 2
+        assert found.keep.sum() == 40
+        assert (~found.keep).nonzero().tolist()[:2] == [[0, 5], [1, 5]]
+
+
+def test_the_embedded_text_is_the_held_out_one(model):
+    found = sample(model, "embedded", prepend_bos=False)
+    row = in_a_row(model, standard_library_texts("heldout")[:3])
+    assert found.tokens.flatten()[:30].tolist() == row[:30]
+
+
+def pile(parts):
+    return Dataset.from_list(
+        [
+            {"text": f"{n} {TEXTS[0] if n % 3 else 'too short'}", "meta": {"pile_set_name": part}}
+            for n, part in enumerate(parts)
+        ]
+    )
+
+
+def test_the_papers_protocol(model):
+    """The last token of the first 16 of each long document of one part, in random order."""
+    parts = ["OpenWebText2", "Github"] * 20
+    dataset = pile(parts)
+    protocol = replace(PROTOCOLS["paper"], context_size=16, n_tokens=8)
+    found = sample(model, dataset, protocol)
+    assert found.tokens.shape == (8, 16)
+    assert found.keep[:, -1].all()
+    assert found.keep.sum() == 8
+    documents = {}
+    for n, part in enumerate(parts):
+        start = model.to_tokens(dataset[n]["text"], prepend_bos=True)[0][:16]
+        if part == "OpenWebText2" and len(start) == 16:
+            documents[tuple(start.tolist())] = n
+    order = [documents[tuple(row.tolist())] for row in found.tokens]
+    assert order != sorted(order)
+    assert len(set(order)) == 8
+    again = sample(model, dataset, protocol)
+    assert torch.equal(again.tokens, found.tokens)
+    other = sample(model, dataset, replace(protocol, seed=1))
+    assert not torch.equal(other.tokens, found.tokens)
+    # the same documents from a stream
+    streamed = sample(model, dataset.to_iterable_dataset(), protocol)
+    assert {documents[tuple(row.tolist())] for row in streamed.tokens} <= set(documents.values())
+
+
+def test_the_papers_protocol_is_what_the_paper_says():
+    assert PROTOCOLS["paper"] == Protocol(
+        n_tokens=1000, context_size=128, prepend_bos=True, positions="last", concatenate=False,
+        exclude_special_tokens=True, subset="OpenWebText2", shuffle=True, seed=42,
+    )  # fmt: skip
+
+
+def test_a_last_token_that_is_special_is_left_out(model):
+    tokens = torch.full((3, 16), 9)
+    tokens[1, -1] = model.tokenizer.eos_token_id
+    found = sample(model, tokens, positions="last")
+    assert found.keep.nonzero().tolist() == [[0, 15], [2, 15]]
+    assert found.n_special == 1
+
+
+def test_special_tokens_stay_on_request(model):
+    tokens = torch.full((1, 16), model.tokenizer.bos_token_id)
+    assert sample(model, tokens, exclude_special_tokens=False).n_tokens == 16
+    with pytest.raises(
+        ValueError, match=r"1 sequences of 16 tokens were read and 16 of the tokens"
+    ):
+        sample(model, tokens)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            Dataset.from_dict({"label": [1]}),
+            r"neither tokens nor text: it has the columns \['label'\]",
+        ),
+        (Dataset.from_dict({"text": []}), "the dataset that was passed is empty"),
+        (
+            Dataset.from_dict({"text": ["Short."]}),
+            "no token is left to evaluate: 0 sequences of 16",
+        ),
+        (Dataset.from_dict({"tokens": [[1, 2, 3]]}), "a sequence of 3 tokens, fewer than"),
+        (torch.ones(20), r"must have shape \[n, 16 or more\]: got \(20,\)"),
+        ("no/such", "the dataset 'no/such' is neither a local file or folder nor on the hub"),
+        (
+            DatasetDict({"test": Dataset.from_dict({"text": ["a"]})}),
+            r"no split 'train'.*\['test'\]",
+        ),
+    ],
+)
+def test_datasets_that_cannot_be_used(model, dataset, message, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=message):
+        sample(model, dataset)
+
+
+def test_a_file_of_an_unknown_kind(model, tmp_path):
+    (tmp_path / "data.docx").write_text("")
+    with pytest.raises(ValueError, match="data.docx' is of no known kind: use .txt or one of"):
+        sample(model, tmp_path / "data.docx")
+
+
+def test_a_progress_bar_counts_tokens(model, capsys):
+    sample(model, torch.ones(3, 16).long(), progress=True)
+    assert "40/40" in capsys.readouterr().err
