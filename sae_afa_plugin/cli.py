@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import wandb.errors
@@ -17,10 +17,14 @@ from safetensors import SafetensorError
 import sae_afa_plugin
 from sae_afa_plugin import __version__
 from sae_afa_plugin.activations.embedded import embedded_model_facts
+from sae_afa_plugin.activations.language_model import LanguageModelActivations, Reading
 from sae_afa_plugin.activations.models import check_model_name
-from sae_afa_plugin.activations.tokens import PROTOCOLS
+from sae_afa_plugin.activations.recording import record
+from sae_afa_plugin.activations.tokens import PROTOCOLS, with_default_text
+from sae_afa_plugin.commands import add_evaluate, add_record, evaluation_given, reading_given
 from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
+from sae_afa_plugin.groups.afa import energy_sentence
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tables import results_table
@@ -71,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the trained SAEs, the training log and the results (default: %(default)s)",
     )
 
-    _add_evaluate(commands)
+    add_evaluate(commands)
+    add_record(commands)
     plot = commands.add_parser(
         "plot",
         help="draw the figures of an evaluation",
@@ -106,110 +111,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_evaluate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="say of any SAEs whether their features are over- or under-activated",
-        description=textwrap.fill(
-            "The AFA metric of SAEs on one pass of their language model: on a nearly "
-            "orthogonal dictionary the norm of the features ||f|| is about the norm of the input "
-            "||z||. Prints a table and leaves summary.csv, results.json and tokens.parquet in the "
-            "output folder. Interrupted and started again with the same settings, it goes on with "
-            "the SAEs that are missing.",
-            79,
-        ),
-        epilog="examples:\n"
-        "  sae-afa evaluate gpt2-small-res-jb --protocol paper\n"
-        "  sae-afa evaluate gemma-scope-2b-pt-res --sae-id '*width_16k/average_l0_7?' --tokens 20000\n"
-        "  sae-afa evaluate --path output/demo/topafa --path output/demo/topk --dataset embedded\n"
-        "\nexit status: 0 all SAEs evaluated, 1 some could not be, 2 none (a mistake in the "
-        "arguments, say), 130 interrupted",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    evaluate.add_argument(
-        "release", nargs="?", help="a release of SAELens's catalogue, or user/repository on the hub"
-    )
-    evaluate.add_argument(
-        "--sae-id",
-        action="append",
-        metavar="GLOB",
-        help="only the SAEs of the release whose id is this or fits this pattern (repeatable)",
-    )
-    evaluate.add_argument(
-        "--path",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FOLDER",
-        help="an SAE that SAELens has saved (repeatable)",
-    )
-    evaluate.add_argument(
-        "--model",
-        help="name or local folder of the language model (default: the one that the SAEs name)",
-    )
-    evaluate.add_argument(
-        "--dataset",
-        help="dataset on the hub (streamed), local folder or file (.txt, .jsonl, .csv, .parquet) "
-        "with text or tokens, or 'embedded' for the documentation of Python "
-        "(default: Skylion007/openwebtext; NeelNanda/pile-10k for the paper's protocol)",
-    )
-    evaluate.add_argument("--dataset-config", help="configuration of the dataset on the hub")
-    evaluate.add_argument("--split", default="train", help="split of the dataset (%(default)s)")
-    evaluate.add_argument(
-        "--protocol",
-        choices=sorted(PROTOCOLS),
-        default="default",
-        help="'default': every token of sequences cut from the text; 'paper': the last token of "
-        "1000 documents of 128 tokens with BOS",
-    )
-    evaluate.add_argument(
-        "--tokens",
-        type=int,
-        help=f"tokens to evaluate, special ones not counted (default: "
-        f"{PROTOCOLS['default'].n_tokens:,}; {PROTOCOLS['paper'].n_tokens:,} for the paper's "
-        "protocol)",
-    )
-    evaluate.add_argument(
-        "--context-size",
-        type=int,
-        help="tokens in one sequence (default: 128, less if an SAE was trained with less)",
-    )
-    evaluate.add_argument(
-        "--seed", type=int, help="for the order of documents in the paper's protocol (42)"
-    )
-    evaluate.add_argument(
-        "--bos",
-        action=argparse.BooleanOptionalAction,
-        help="whether each sequence begins with BOS (default: as the SAEs were trained)",
-    )
-    evaluate.add_argument(
-        "--keep-special-tokens",
-        action="store_true",
-        help="evaluate BOS, EOS and the like as well; their norms are up to 100 times as large",
-    )
-    evaluate.add_argument(
-        "--core",
-        action="store_true",
-        help="add SAELens's own metrics: CE and KL recovered, explained variance, L0",
-    )
-    evaluate.add_argument("--device", help="default: a GPU if there is one")
-    evaluate.add_argument(
-        "--memory",
-        type=float,
-        default=1.0,
-        metavar="GIB",
-        help="for activations, and again for features; beyond it a temporary file is used "
-        "(%(default)s)",
-    )
-    evaluate.add_argument(
-        "--out",
-        type=Path,
-        default=Path("output/evaluation"),
-        help="folder for the results (default: %(default)s)",
-    )
-
-
 def _evaluate(args: argparse.Namespace) -> int:
     sources: list[SAESource] = []
     if args.release is not None:
@@ -219,37 +120,21 @@ def _evaluate(args: argparse.Namespace) -> int:
     sources += sources_of(_by_shortest_names(args.path))
     if not sources:
         raise ValueError("name a release, or a folder with --path")
-    chosen = {
-        "n_tokens": args.tokens,
-        "context_size": args.context_size,
-        "seed": args.seed,
-        "prepend_bos": args.bos,
-        "exclude_special_tokens": False if args.keep_special_tokens else None,
-    }
-    results = evaluate_sources(
-        sources,
-        args.model,
-        args.dataset,
-        protocol=args.protocol,
-        dataset_config=args.dataset_config,
-        split=args.split,
-        out=args.out,
-        core=args.core,
-        device=args.device,
-        memory_budget=int(args.memory * 2**30) if args.memory > 0 else 0,
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
+    results = evaluate_sources(sources, out=args.out, **evaluation_given(args))
     settings = results.metadata["settings"]
     console = Console()
     console.print()
     console.print(
         results_table(
             results,
-            title=f"{settings['dataset']}, {results.summary['tokens'].max():,} tokens, "
-            f"protocol {args.protocol} (medians over tokens; L0 and shares are means)",
+            title=f"{settings.get('dataset', args.activations)}, "
+            f"{results.summary['tokens'].max():,} tokens (medians over tokens; L0, shares and "
+            "energies are means)",
             width=console.width,
         )
     )
+    for name, row in results.summary.iterrows():
+        console.print(f"{name}: {energy_sentence(row.to_dict())}", markup=False, highlight=False)
     for name, reason in results.metadata["refused"].items():
         console.print(f"{name} was not evaluated: {reason}", markup=False)
     console.print(
@@ -257,6 +142,42 @@ def _evaluate(args: argparse.Namespace) -> int:
         markup=False,
     )
     return 1 if results.metadata["refused"] else 0
+
+
+def _record(args: argparse.Namespace) -> None:
+    options = reading_given(args)
+    reading = replace(Reading(), **{k: options.pop(k) for k in asdict(Reading()) if k in options})
+    if reading.model is None:
+        raise ValueError("name the language model with --model")
+    protocol = PROTOCOLS[options.pop("protocol", "default")]
+    dataset, protocol = with_default_text(reading.dataset, replace(protocol, **options), options)
+    if protocol.prepend_bos is None:
+        protocol = replace(protocol, prepend_bos=True)
+    console = Console()
+    source = LanguageModelActivations(
+        reading.model,
+        dataset,
+        protocol,
+        dataset_config=reading.dataset_config,
+        split=reading.split,
+        device=args.device,
+        batch_size_prompts=args.batch_size_prompts,
+        progress=True,
+    )
+    recording = record(
+        source,
+        args.hook,
+        args.out,
+        args.dtype,
+        progress=True,
+        say=lambda line: console.print(line, markup=False, highlight=False),
+    )
+    console.print(
+        f"{recording.n_tokens:,} tokens in {args.out}. To evaluate SAEs on them: "
+        f"{shlex.join(['sae-afa', 'evaluate', '--path', 'SAE', '--activations', str(args.out)])}",
+        markup=False,
+        highlight=False,
+    )
 
 
 def _next(folder: Path) -> str:
@@ -331,6 +252,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _demo(args.model, args.out)
         elif args.command == "evaluate":
             return _evaluate(args)
+        elif args.command == "record":
+            _record(args)
         elif args.command == "plot":
             figures = args.out or args.results / "figures"
             for file in sae_afa_plugin.plots.save_plots(AFAResults.load(args.results), figures):
@@ -342,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(rest)
     except KeyboardInterrupt:
         print(f"\nsae-afa {args.command}: interrupted", file=sys.stderr)  # noqa: T201
-        if args.command == "evaluate":
+        if args.command in ("evaluate", "record"):
             print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
         return 130
     except _USERS_MISTAKES as error:

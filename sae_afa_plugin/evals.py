@@ -6,14 +6,13 @@ group ``afa`` beside SAELens's own; nothing of SAELens is copied or replaced.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import sae_lens
 import torch
-from datasets import Dataset
 from sae_lens import SAE
 from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
@@ -22,9 +21,8 @@ from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
 from sae_afa_plugin.activations.hooks import hook_in, stop_layer
-from sae_afa_plugin.activations.tokens import TokenSample
 from sae_afa_plugin.metrics import TokenColumns, is_finite, summarize
-from sae_afa_plugin.spaces import AFAReader, why_not
+from sae_afa_plugin.spaces import linear_code, why_not
 
 # [tokens, d_sae] matrices of a chunk: 200 MB each in float32 for 49,152 features
 _TOKENS_AT_ONCE = 1024
@@ -155,11 +153,13 @@ def _check_supported(sae: SAE[Any]) -> None:
 def _afa_group(
     sae: SAE[Any], activations: Iterable[tuple[Tensor, Tensor | None]]
 ) -> dict[str, float]:
-    reader, columns = AFAReader(sae), TokenColumns()
+    code, columns = linear_code(sae), TokenColumns()
     for x, out in activations:
-        outs = [None] * len(x) if out is None else out.split(_TOKENS_AT_ONCE)
-        for part, part_out in zip(x.split(_TOKENS_AT_ONCE), outs, strict=False):
-            columns.add(reader(part, part_out))
+        # what encodes whole batches is read in those that it is trained on
+        size = _TOKENS_AT_ONCE if code.per_token else len(x)
+        outs = [None] * len(x) if out is None else out.split(size)
+        for part, part_out in zip(x.split(size), outs, strict=False):
+            columns.add(code.read(part, part_out).metrics())
     table = columns.frame()
     finite = is_finite(table)
     return {
@@ -219,65 +219,6 @@ class AFAEvaluator:
         metrics = {}
         if self.beside is not None:
             metrics = self.beside(sae, data_provider, activation_scaler)
-        batches = (next(data_provider) for _ in range(self.n_batches))
+        batches = islice(data_provider, self.n_batches)  # there may be fewer
         group = _afa_group(sae, ((activation_scaler.scale(x), None) for x in batches))
         return {**metrics, **{f"afa/{name}": value for name, value in group.items()}}
-
-
-def core_metrics(
-    sae: SAE[Any],
-    model: Any,
-    sample: TokenSample,
-    exclude_special_tokens: bool | tuple[int, ...],
-    n_tokens: int,
-    batch_size_prompts: int,
-) -> dict[str, float]:
-    """SAELens's own metrics (CE and KL recovered, explained variance, L0) on given sequences.
-
-    Args:
-        sae: An SAE with metadata that name its hook.
-        model: The language model.
-        sample: The sequences; the first of them are used.
-        exclude_special_tokens: As for :func:`run_evals`.
-        n_tokens: About how many tokens to use.
-        batch_size_prompts: Sequences in one forward pass.
-
-    Returns:
-        SAELens's metrics by name, as ``core_...``. Empty for transcoders and hooks with names of
-        other libraries, which ``sae_lens.run_evals`` does not know.
-    """
-    metadata = sae.cfg.metadata
-    if metadata.hook_name_out is not None or hook_in(model, metadata.to_dict()) != (
-        metadata.hook_name
-    ):
-        return {}
-    prompts = min(batch_size_prompts, len(sample.tokens))
-    context_size = sample.tokens.shape[1]
-    wanted = math.ceil(n_tokens / (prompts * context_size))
-    batches = max(1, min(wanted, len(sample.tokens) // prompts))
-    store = ActivationsStore.from_config_multi_hook(
-        model=model,
-        dataset=Dataset.from_dict({"tokens": sample.tokens.tolist()}).to_iterable_dataset(),
-        hook_names=[str(metadata.hook_name)],
-        hook_d_ins={str(metadata.hook_name): sae.cfg.d_in},
-        context_size=context_size,
-        store_batch_size_prompts=prompts,
-        device=next(model.parameters()).device,
-    )
-    groups, _ = sae_lens.run_evals(
-        sae=sae,
-        activation_store=store,
-        model=model,
-        activation_scaler=ActivationScaler(),
-        eval_config=EvalConfig(
-            compute_kl=True,
-            compute_ce_loss=True,
-            compute_variance_metrics=True,
-            compute_sparsity_metrics=True,
-            n_eval_reconstruction_batches=batches,
-            n_eval_sparsity_variance_batches=batches,
-        ),
-        exclude_special_tokens=exclude_special_tokens,
-    )
-    groups.pop("token_stats")
-    return {f"core_{name}": value for group in groups.values() for name, value in group.items()}

@@ -78,6 +78,15 @@ class AFATokenMetrics(NamedTuple):
             no longer a mean). Its absolute value is never above the coherence. NaN where fewer
             than two features are active, or all but one are lost in rounding.
         nmse: ``||z - z_hat||^2 / ||z||^2``; NaN where z is zero.
+        cosine: ``<z, z_hat> / (||z|| ||z_hat||)``; NaN where one of them is zero.
+        l2_ratio: ``||z_hat|| / ||z||``; NaN where z is zero.
+        share_features: ``||f||^2 / ||z - b||^2``, what AFA compares with 1. This and the next
+            three are the energy budget of the token: they add up to 1. NaN where z is b.
+        share_interference: ``(||z_hat - b||^2 - ||f||^2) / ||z - b||^2``. Above 0 the active
+            directions lean the same way, below 0 they cancel.
+        share_unexplained: ``||z - z_hat||^2 / ||z - b||^2``, the error.
+        share_shrinkage: ``2 <z - z_hat, z_hat - b> / ||z - b||^2``. Above 0 the reconstruction
+            is too short, below 0 too long, and 0 at a least-squares fit.
         l0: Number of active features.
     """
 
@@ -90,7 +99,16 @@ class AFATokenMetrics(NamedTuple):
     epsilon_lbo_recon: Tensor
     interference: Tensor
     nmse: Tensor
+    cosine: Tensor
+    l2_ratio: Tensor
+    share_features: Tensor
+    share_interference: Tensor
+    share_unexplained: Tensor
+    share_shrinkage: Tensor
     l0: Tensor
+
+
+_FIELDS = AFATokenMetrics._fields
 
 
 def token_metrics(
@@ -146,9 +164,12 @@ def metrics_from_sums(
     """
     dtype = torch.promote_types(z.dtype, torch.float32)
     z, recons_centered, b = z.to(dtype), recons_centered.to(dtype), b.to(dtype)
-    z_centered = z - b
+    z_centered, z_hat = z - b, recons_centered + b
+    error = z_centered - recons_centered
     norm_z = norm_along_last(z)
+    norm_z_centered = norm_along_last(z_centered)
     norm_recons = norm_along_last(recons_centered).double()
+    norm_z_hat = norm_along_last(z_hat).double()
     norm_f = (squared_f + b.double().square().sum()).sqrt().to(dtype)
     norm_f_centered = squared_f.sqrt().to(dtype)
 
@@ -156,21 +177,38 @@ def metrics_from_sums(
     # one active direction, or others that are lost beside it in this precision
     alone = pairs <= 100 * torch.finfo(dtype).eps * squared_f
     pairs = torch.where(alone, torch.nan, pairs)
-    interference = (norm_recons.square() - squared_f) / pairs
-    squared_z = norm_z.double().square()
-    squared_error = norm_along_last(z_centered - recons_centered).double().square()
+    interference = norm_recons.square() - squared_f
+    squared_error = norm_along_last(error).double().square()
+    # NaN where there is nothing to compare with
+    squared_z = _nonzero(norm_z.double().square())
+    energy = _nonzero(norm_z_centered.double().square())
     return AFATokenMetrics(
         norm_z=norm_z,
         norm_f=norm_f,
-        norm_z_centered=norm_along_last(z_centered),
+        norm_z_centered=norm_z_centered,
         norm_f_centered=norm_f_centered,
         over_activated=norm_f > norm_z,
         epsilon_lbo=epsilon_lbo(norm_z, norm_f, d_sae),
         epsilon_lbo_recon=epsilon_lbo(norm_recons, norm_f_centered, d_sae).to(dtype),
-        interference=interference.to(dtype),
-        nmse=torch.where(squared_z == 0, torch.nan, squared_error / squared_z).to(dtype),
+        interference=(interference / pairs).to(dtype),
+        nmse=(squared_error / squared_z).to(dtype),
+        cosine=(_dot(z, z_hat) / (squared_z.sqrt() * _nonzero(norm_z_hat))).to(dtype),
+        l2_ratio=(norm_z_hat / squared_z.sqrt()).to(dtype),
+        share_features=(squared_f / energy).to(dtype),
+        share_interference=(interference / energy).to(dtype),
+        share_unexplained=(squared_error / energy).to(dtype),
+        share_shrinkage=(2 * _dot(error, recons_centered) / energy).to(dtype),
         l0=l0,
     )
+
+
+def _nonzero(values: Tensor) -> Tensor:
+    """Values to divide by: NaN in place of zero."""
+    return torch.where(values == 0, torch.nan, values)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, dtype=torch.float64)
 
 
 # --- dictionaries ---
@@ -245,8 +283,10 @@ def summarize(tokens: pd.DataFrame) -> dict[str, float]:
     Returns:
         ``<quantity>_mean``, ``_q05``, ``_q25``, ``_median``, ``_q75`` and ``_q95`` for each
         quantity and for ``norm_ratio`` (``norm_f / norm_z``), the shares ``over_activated`` and
-        ``over_activated_centered``, and how many tokens have an undefined ``interference``,
-        ``epsilon_lbo`` or ``norm_ratio`` as ``<quantity>_undefined``.
+        ``over_activated_centered``, how many tokens have an undefined ``interference``,
+        ``epsilon_lbo`` or ``norm_ratio`` as ``<quantity>_undefined``, and
+        ``relative_reconstruction_bias``, ``sum ||z_hat||^2 / sum <z, z_hat>`` over all tokens
+        (Rajamanoharan et al., arXiv 2404.16014, equation 10): below 1 the SAE shrinks.
 
     Example:
         >>> table = pd.DataFrame(
@@ -276,6 +316,12 @@ def summarize(tokens: pd.DataFrame) -> dict[str, float]:
         summary.update({f"{name}_{q}": float(c) for q, c in zip(QUANTILES, cuts, strict=True)})
         if name in ("interference", "epsilon_lbo", "norm_ratio"):
             summary[f"{name}_undefined"] = len(tokens) - len(values)
+    norm_z_hat = columns["l2_ratio"] * columns["norm_z"]
+    squared, along = (
+        float(np.nansum(np.sort(values)))
+        for values in (norm_z_hat**2, columns["cosine"] * norm_z_hat * columns["norm_z"])
+    )
+    summary["relative_reconstruction_bias"] = squared / along if along else float("nan")
     return summary
 
 
@@ -286,8 +332,8 @@ def _share(values: np.ndarray) -> float:
 class TokenColumns:
     """Collects the metrics of batches of tokens; :meth:`frame` is their table.
 
-    Exact and simple rather than sketched: 37 bytes a token, so a million tokens of one SAE are
-    37 MB.
+    Exact and simple rather than sketched: 61 bytes a token, so a million tokens of one SAE are
+    61 MB.
 
     Example:
         >>> columns = TokenColumns()
@@ -298,23 +344,27 @@ class TokenColumns:
     """
 
     def __init__(self) -> None:
-        self._batches: list[dict[str, np.ndarray]] = []
+        self._batches: list[AFATokenMetrics] = []
 
     def __len__(self) -> int:
-        return sum(len(batch["l0"]) for batch in self._batches)
+        return sum(batch.l0.numel() for batch in self._batches)
 
     def add(self, metrics: AFATokenMetrics) -> None:
-        """Append one batch, of any leading shape."""
-        batch = metrics._asdict()
-        batch["l0"] = batch["l0"].int()
-        self._batches.append({name: t.flatten().cpu().numpy() for name, t in batch.items()})
+        """Append one batch, of any leading shape. It stays on its device: nothing waits for it."""
+        batch = metrics._replace(l0=metrics.l0.int())
+        self._batches.append(AFATokenMetrics(*(column.flatten() for column in batch)))
+
+    def extend(self, other: TokenColumns) -> None:
+        """Append what another one has collected."""
+        self._batches += other._batches
 
     def frame(self) -> pd.DataFrame:
         """One row for each token, in the order they came."""
+        columns = zip(*self._batches, strict=True) if self._batches else [()] * len(_FIELDS)
         return pd.DataFrame(
             {
-                name: np.concatenate([batch[name] for batch in self._batches] or [np.empty(0)])
-                for name in AFATokenMetrics._fields
+                name: torch.cat(parts).cpu().numpy() if parts else np.empty(0)
+                for name, parts in zip(_FIELDS, columns, strict=True)
             }
         )
 

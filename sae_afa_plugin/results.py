@@ -1,49 +1,33 @@
-"""What an evaluation found: tables that can be saved, loaded and continued. No model code.
-
-In a results folder::
-
-    summary.csv       one row for each SAE
-    tokens.parquet    one row for each SAE and token
-    sequences.parquet every token that was read, with its text, for context
-    results.json      schema version, settings, versions, refusals; written last
-    unfinished/       while an evaluation is under way: one file for each finished SAE
-"""
+"""What an evaluation found: a table of SAEs, and the tables of their tokens, read when asked for."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from sae_afa_plugin.store import write_json, write_whole
+from sae_afa_plugin.files import write_json, write_whole
+from sae_afa_plugin.groups.base import GroupResult
+from sae_afa_plugin.store import SCHEMA_VERSION, TOKEN, Store, StoredResult
 
-SCHEMA_VERSION = 1
 RESULTS_FILENAME = "results.json"
 REPORT_FILENAME = "report.html"
 SUMMARY_FILENAME = "summary.csv"
-TOKENS_FILENAME = "tokens.parquet"
-SEQUENCES_FILENAME = "sequences.parquet"
-_UNFINISHED = "unfinished"
-_SETTINGS_FILENAME = "settings.json"
-_DAMAGED = (OSError, ValueError, KeyError, pa.ArrowException)
+Parts = Mapping[str, Mapping[str, StoredResult]]  # by SAE and group
 
 
-@dataclass
 class AFAResults:
-    """The AFA metric of several SAEs on the same tokens.
+    """The metrics of several SAEs on the same tokens.
 
     Args:
-        summary: One row for each SAE, by name: what it is, then what
-            :func:`sae_afa_plugin.metrics.summarize` gives, the coherence of its dictionary,
-            ``dead_features`` (active on none of the tokens) and ``nonfinite_tokens``.
+        summary: One row for each SAE, by name: what it is, then what each group of metrics found,
+            :func:`sae_afa_plugin.metrics.summarize` among them.
         tokens: One row for each SAE and token: ``sae``, ``sequence``, ``position``,
             ``token_id`` and the columns of :class:`sae_afa_plugin.metrics.AFATokenMetrics`.
         sequences: Every token that the model has read: ``sequence``, ``position``,
@@ -51,219 +35,286 @@ class AFAResults:
         metadata: ``settings``, ``versions``, ``refused`` (reasons by name), ``fingerprints``.
     """
 
-    summary: pd.DataFrame
-    tokens: pd.DataFrame
-    sequences: pd.DataFrame
-    metadata: dict[str, Any] = field(default_factory=dict)
+    def __init__(
+        self,
+        summary: pd.DataFrame,
+        tokens: pd.DataFrame,
+        sequences: pd.DataFrame,
+        metadata: dict[str, Any] | None = None,
+    ):
+        self.summary, self.metadata = summary, {} if metadata is None else metadata
+        self._tokens: pd.DataFrame | None = tokens
+        self._sequences: pd.DataFrame | None = sequences
+        self._parts: Parts = {}
+        self._store: Store | None = None
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
-    def save(self, folder: str | Path) -> None:
-        """Write the results; ``results.json`` last, so that its presence means completeness.
+    @classmethod
+    def _of_store(
+        cls, store: Store, parts: Parts, summary: pd.DataFrame, metadata: dict[str, Any]
+    ) -> AFAResults:
+        results = cls(summary, pd.DataFrame(), pd.DataFrame(), metadata)
+        results._tokens = results._sequences = None
+        results._parts, results._store = parts, store
+        return results
+
+    def keep(self, temporary: tempfile.TemporaryDirectory[str]) -> None:
+        """Keep a temporary folder, in which the tables lie, as long as these results."""
+        self._temporary = temporary
+
+    # --- tables of tokens ---
+
+    @property
+    def tokens(self) -> pd.DataFrame:
+        """One row for each SAE and token, of all SAEs: :meth:`tokens_of` takes less memory."""
+        if self._tokens is None:
+            names = [str(name) for name in self.summary.index]
+            tables = [self.tokens_of(name) for name in names]
+            for name, table in zip(names, tables, strict=True):
+                table.insert(0, "sae", pd.Categorical([name] * len(table), names))
+            self._tokens = pd.concat(tables, ignore_index=True)
+        return self._tokens
+
+    def tokens_of(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        """The tokens of one SAE, read from disk where they lie there.
 
         Args:
-            folder: Made if it does not exist.
+            name: Of the SAE.
+            columns: Only those of these that there are.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        if self._tokens is not None:
+            rows = self._tokens.loc[self._tokens["sae"] == name].drop(columns="sae")
+            return rows if columns is None else rows[[c for c in columns if c in rows]]
+        wanted = None if columns is None else [TOKEN, *columns]
+        found = (part.table("tokens", wanted) for part in self._parts[name].values())
+        tables = [table.set_index(TOKEN) for table in found if table is not None]
+        joined: Any = pd.DataFrame(columns=wanted)
+        for number, table in enumerate(tables):
+            new = [column for column in table if number == 0 or column not in joined]
+            joined = table if number == 0 else joined.join(table[new])
+        joined = joined.reset_index(drop=True)
+        return joined if columns is None else joined[[c for c in columns if c in joined]]
+
+    def features_of(self, name: str) -> pd.DataFrame | None:
+        """One row for each feature of an SAE: on how many tokens it fired; None if unknown.
+
+        Args:
+            name: Of the SAE.
+        """
+        for part in self._parts.get(name, {}).values():
+            table = part.table("features")
+            if table is not None:
+                return table
+        return None
+
+    @property
+    def sequences(self) -> pd.DataFrame:
+        """Every token that the model has read, with its text."""
+        if self._sequences is None:
+            assert self._store is not None
+            self._sequences = self._store.sequences
+        return self._sequences
+
+    # --- on disk ---
+
+    def save(self, folder: str | Path) -> None:
+        """Write the results, ``results.json`` last.
+
+        Args:
+            folder: Made if it does not exist. Where the results come from it, only what has
+                changed in ``summary`` and ``metadata`` is written.
+
+        Raises:
+            ValueError: If the folder holds results of other settings.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(
-            folder / SUMMARY_FILENAME, lambda path: self.summary.to_csv(path, index_label="sae")
-        )
-        write_whole(
-            folder / TOKENS_FILENAME,
-            lambda path: self.tokens.to_parquet(path, engine="pyarrow", index=False),
-        )
-        write_whole(
-            folder / SEQUENCES_FILENAME,
-            lambda path: self.sequences.to_parquet(path, engine="pyarrow", index=False),
-        )
-        write_json(
-            folder / RESULTS_FILENAME,
-            {
-                "schema_version": SCHEMA_VERSION,
-                **self.metadata,
-                "saes": {
-                    str(name): {
-                        column: None
-                        if pd.isna(value)
-                        else getattr(value, "item", lambda v=value: v)()
-                        for column, value in row.items()
-                    }
-                    for name, row in self.summary.astype(object).iterrows()
-                },
-            },
-        )
+        if self._store is not None and folder.resolve() == self._store.folder.resolve():
+            write_index(self._store, self.summary, self._parts, self.metadata)
+            return
+        store = Store(folder, self.metadata.get("settings", {}))
+        store.begin(self.sequences)
+        fingerprints = self.metadata.get("fingerprints", {})
+        parts: dict[str, dict[str, StoredResult]] = {}
+        for name, row in self.summary.iterrows():
+            name = str(name)
+            copied = parts.setdefault(name, {})
+            for group, part in self._parts.get(name, {}).items():
+                target = store.folder / "results" / part.folder.name
+                if not target.is_dir():
+                    shutil.copytree(part.folder, target)
+                found = store.at(target)
+                copied[group] = found
+            if not copied:
+                result = GroupResult(dict(row), self.tokens_of(name))
+                fingerprint = fingerprints.get(name, "")
+                key = store.key(fingerprint, "afa")
+                copied["afa"] = store.add(name, "afa", key, fingerprint, {}, result)
+        write_index(store, self.summary, parts, self.metadata)
 
     @classmethod
     def load(cls, folder: str | Path) -> AFAResults:
-        """Read what :meth:`save` has written.
+        """Read the results of a finished evaluation. Tables of tokens are read when asked for.
 
         Args:
-            folder: The folder of a finished evaluation.
+            folder: Where :meth:`save` or an evaluation has written.
 
         Raises:
             ValueError: If the folder holds no finished results, or they are damaged or of
-                another schema.
+                another version.
         """
         folder = Path(folder)
-        if not (folder / RESULTS_FILENAME).is_file():
-            hint = (
-                "its evaluation was not finished, run it again to continue"
-                if (folder / _UNFINISHED).is_dir()
-                else f"it has no {RESULTS_FILENAME}"
-            )
-            raise ValueError(f"the folder {str(folder)!r} holds no results: {hint}")
         try:
-            written = json.loads((folder / RESULTS_FILENAME).read_text(encoding="utf-8"))
-            if written["schema_version"] != SCHEMA_VERSION:
-                raise ValueError(
-                    f"its schema_version is {written['schema_version']}, this version of "
-                    f"sae-afa-plugin reads {SCHEMA_VERSION}"
-                )
-            summary = pd.read_csv(folder / SUMMARY_FILENAME, index_col="sae", dtype={"sae": str})
-            tokens = pd.read_parquet(folder / TOKENS_FILENAME, engine="pyarrow")
-            sequences = pd.read_parquet(folder / SEQUENCES_FILENAME, engine="pyarrow")
-        except _DAMAGED as error:
+            store = Store(folder)
+        except ValueError as error:
+            if str(folder) in str(error):
+                raise
+            raise ValueError(f"the folder {str(folder)!r} holds no results: {error}") from error
+        index = read_index(store)
+        if index is None:
             raise ValueError(
-                f"the results in {str(folder)!r} cannot be read: {error}. Delete the folder and "
-                "evaluate again"
-            ) from error
-        metadata = {k: v for k, v in written.items() if k not in ("schema_version", "saes")}
-        return cls(summary, tokens, sequences, metadata)
+                f"the folder {str(folder)!r} holds no results: its evaluation was not finished, "
+                "run it again to continue"
+            )
+        parts, summary, metadata = index
+        return cls._of_store(store, parts, summary, metadata)
 
     def __str__(self) -> str:
         return self.summary.to_string()
 
 
-# --- continuing ---
-
-
-@dataclass(frozen=True)
-class FinishedSAE:
-    """One SAE's part of the results.
+def summary_of(parts: Parts) -> pd.DataFrame:
+    """One row for each SAE: what it is, then what each group found.
 
     Args:
-        name: Its name.
-        fingerprint: Of the SAE that was evaluated.
-        summary: Its row of the summary.
-        tokens: Its rows of the token table.
+        parts: By SAE and group.
     """
+    rows: dict[str, dict[str, Any]] = {}
+    for name, groups in parts.items():
+        row: dict[str, Any] = {}
+        of_groups = [groups[group] for group in sorted(groups)]
+        for part in of_groups:
+            row.update(part.facts)
+        for part in of_groups:
+            row.update(part.summary)
+        rows[name] = row
+    return _table(rows)
 
-    name: str
-    fingerprint: str
-    summary: dict[str, Any]
-    tokens: pd.DataFrame
+
+def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    # NaN for whatever is missing, as it comes back from a file
+    table = pd.DataFrame.from_dict(dict(rows), orient="index")
+    return table.astype(object).where(table.notna(), np.nan).infer_objects()
 
 
-class ResultsFolder:
-    """A folder in which an evaluation leaves each SAE as soon as it is finished.
+def write_index(
+    store: Store, summary: pd.DataFrame, parts: Parts, metadata: Mapping[str, Any]
+) -> None:
+    """Write ``summary.csv`` and, last, ``results.json``.
 
     Args:
-        folder: Made if it does not exist.
-        settings: Everything that decides what the numbers mean. A folder keeps to its settings.
+        store: Where the parts lie.
+        summary: One row for each SAE.
+        parts: By SAE and group.
+        metadata: As in :class:`AFAResults`.
+    """
+    write_whole(
+        store.folder / SUMMARY_FILENAME, lambda path: summary.to_csv(path, index_label="sae")
+    )
+    rows = {
+        str(name): {
+            str(column): None if pd.isna(value) else getattr(value, "item", lambda v=value: v)()
+            for column, value in row.items()
+        }
+        for name, row in summary.astype(object).iterrows()
+    }
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        **metadata,
+        "parts": {n: {g: p.folder.name for g, p in of.items()} for n, of in parts.items()},
+        "saes": rows,
+    }
+    write_json(store.folder / RESULTS_FILENAME, content)
+
+
+def read_index(
+    store: Store,
+) -> tuple[dict[str, dict[str, StoredResult]], pd.DataFrame, dict[str, Any]] | None:
+    """What :func:`write_index` has written: parts, summary, metadata; None if there is none.
+
+    Args:
+        store: Where to read.
 
     Raises:
-        ValueError: If the folder holds results of other settings.
+        ValueError: If it is damaged, or what it lists is not there.
     """
+    path = store.folder / RESULTS_FILENAME
+    if not path.is_file():
+        return None
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        parts = {
+            name: {group: store.at(store.folder / "results" / part) for group, part in of.items()}
+            for name, of in written["parts"].items()
+        }
+        summary = _table(written["saes"])
+        own = ("schema_version", "saes", "parts")
+        metadata = {key: value for key, value in written.items() if key not in own}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the results in {str(store.folder)!r} cannot be read: {RESULTS_FILENAME}: {error}. "
+            "Run the evaluation again: what is whole is kept"
+        ) from error
+    return parts, summary, metadata
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
-        self.folder = folder
-        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        self._unfinished = folder / _UNFINISHED
-        if (folder / RESULTS_FILENAME).is_file():
-            self._check(folder / RESULTS_FILENAME)
-        elif self._single_files():
-            self._check(self._unfinished / _SETTINGS_FILENAME)
 
-    def _single_files(self) -> list[Path]:
-        return sorted(self._unfinished.glob("*.parquet"))
+def update_index(
+    store: Store,
+    own: Parts,
+    order: Iterable[str],
+    refused: Mapping[str, str],
+    about: Mapping[str, Any],
+) -> AFAResults:
+    """Bring the index of a store up to date with what this process knows and others have left.
 
-    def _check(self, place: Path) -> None:
+    Args:
+        store: The store.
+        own: The parts of this process's SAEs.
+        order: Names that come first, in this order.
+        refused: Why SAEs of this process were not evaluated.
+        about: What else the metadata are to hold: versions, options.
+
+    Returns:
+        The results of the whole store.
+    """
+    with store.alone():
+        parts: dict[str, dict[str, StoredResult]] = {}
+        for result in store.results()[0]:  # the newest of each is what counts
+            parts.setdefault(result.sae, {})[result.group] = result
+        reasons: dict[str, str] = {}
         try:
-            found = json.loads(place.read_text(encoding="utf-8"))["settings"]
-        except _DAMAGED as error:
-            raise ValueError(
-                f"{str(place)!r} is damaged ({error}): delete it, or use another folder"
-            ) from error
-        different = [
-            f"{key} was {found.get(key)!r} and is {self.settings.get(key)!r}"
-            for key in {**found, **self.settings}
-            if found.get(key) != self.settings.get(key)
-            # a dataset that is gone cannot have changed
-            and not (key.endswith("_content") and None in (found.get(key), self.settings.get(key)))
-        ]
-        if different:
-            raise ValueError(
-                f"{str(self.folder)!r} holds results of other settings ({'; '.join(different)}): "
-                "use another folder, or delete this one"
-            )
-
-    def finished(self) -> tuple[dict[str, FinishedSAE], list[str]]:
-        """What need not be evaluated again, by name, and a line for each file that is damaged."""
-        done: dict[str, FinishedSAE] = {}
-        damaged: list[str] = []
-        if (self.folder / RESULTS_FILENAME).is_file():
-            results = AFAResults.load(self.folder)
-            for name, fingerprint in results.metadata["fingerprints"].items():
-                tokens = results.tokens.loc[results.tokens["sae"] == name]
-                summary = {str(k): v for k, v in results.summary.loc[name].to_dict().items()}
-                done[name] = FinishedSAE(name, fingerprint, summary, tokens)
-        for file in self._single_files():
-            try:
-                table = pq.read_table(file)
-                about = json.loads((table.schema.metadata or {})[b"sae_afa"])
-                one = FinishedSAE(tokens=table.to_pandas(), **about)
-            except _DAMAGED as error:
-                damaged.append(f"{file.name} is damaged and evaluated again ({error})")
-                continue
-            done[one.name] = one
-        return done, damaged
-
-    def sequences(self) -> pd.DataFrame:
-        """The tokens that the SAEs of this folder were evaluated on."""
-        return pd.read_parquet(self.folder / SEQUENCES_FILENAME, engine="pyarrow")
-
-    def begin(self, sequences: pd.DataFrame) -> None:
-        """Remember the tokens, or make sure that they are those of the SAEs finished before.
-
-        Args:
-            sequences: As in :class:`AFAResults`.
-
-        Raises:
-            ValueError: If they are others.
-        """
-        place = self.folder / SEQUENCES_FILENAME
-        if self._single_files() or (self.folder / RESULTS_FILENAME).is_file():
-            before = self.sequences()["token_id"].to_numpy()
-            if not np.array_equal(before, sequences["token_id"].to_numpy()):
-                raise ValueError(
-                    f"the dataset gives other tokens than those that {str(self.folder)!r} was "
-                    "made with: use another folder, or delete this one"
-                )
-        self._unfinished.mkdir(parents=True, exist_ok=True)
-        write_json(self._unfinished / _SETTINGS_FILENAME, {"settings": self.settings})
-        write_whole(place, lambda path: sequences.to_parquet(path, engine="pyarrow", index=False))
-
-    def leave(self) -> None:
-        """Leave nothing behind where nothing was finished."""
-        if self._single_files():
-            return
-        shutil.rmtree(self._unfinished, ignore_errors=True)
-        if self.folder.is_dir() and not (self.folder / RESULTS_FILENAME).is_file():
-            (self.folder / SEQUENCES_FILENAME).unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
-
-    def add(self, one: FinishedSAE) -> None:
-        """Keep one SAE's results for good."""
-        about = {"name": one.name, "fingerprint": one.fingerprint, "summary": one.summary}
-        table = pa.Table.from_pandas(one.tokens, preserve_index=False)
-        table = table.replace_schema_metadata(
-            {**(table.schema.metadata or {}), b"sae_afa": json.dumps(about).encode()}
-        )
-        name = hashlib.sha256(one.name.encode()).hexdigest()[:16]
-        write_whole(self._unfinished / f"{name}.parquet", lambda path: pq.write_table(table, path))
-
-    def complete(self, results: AFAResults) -> None:
-        """Write the final files, then remove the single ones."""
-        if self._single_files():
-            results.save(self.folder)
-            shutil.rmtree(self._unfinished)
+            before = read_index(store)
+        except ValueError:  # damaged: it is made anew
+            before = None
+        if before is not None:
+            for name, of in before[0].items():
+                parts[name] = {**parts.get(name, {}), **of}
+            reasons = before[2].get("refused", {})
+        parts.update({name: dict(of) for name, of in own.items()})
+        names = [name for name in order if name in parts]
+        names += sorted(set(parts) - set(names))
+        parts = {name: parts[name] for name in names}
+        found = {*parts, *(f"{n} ({group})" for n, of in parts.items() for group in of)}
+        metadata = {
+            "settings": store.settings,
+            **about,
+            "refused": {n: w for n, w in {**reasons, **refused}.items() if n not in found},
+            "fingerprints": {
+                n: next(iter(of.values())).fingerprint for n, of in parts.items() if of
+            },
+        }
+        summary = summary_of(parts)
+        write_index(store, summary, parts, metadata)
+    return AFAResults._of_store(store, parts, summary, metadata)

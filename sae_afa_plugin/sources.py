@@ -11,6 +11,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -37,13 +38,25 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 from sae_lens.registry import get_sae_class
 from safetensors import SafetensorError
+from torch import Tensor
 from typing_extensions import override
 
-from sae_afa_plugin.spaces import why_not
+from sae_afa_plugin.spaces import linear_code, why_not
 
 _SHOWN_IDS = 8
 _NEEDED = ("d_in", "d_sae", "normalize_activations", "metadata")
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Stands for an SAE that is not to be evaluated, so that it is listed with the reason.
+
+    Args:
+        reason: In one sentence.
+    """
+
+    reason: str
 
 
 class SAESource(ABC):
@@ -100,8 +113,13 @@ class SAESource(ABC):
         """Where it came from, for people."""
 
     @abstractmethod
-    def load(self, device: str, dtype: str) -> SAE[Any]:
-        """The SAE itself."""
+    def load(self, device: str, dtype: str) -> Any:
+        """The SAE itself, as :func:`sae_afa_plugin.spaces.linear_code` takes it."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else is known of it, for the summary: how it was trained, for one."""
+        trained_as = self.metadata.get("training_architecture")
+        return {} if trained_as is None else {"trained_as": trained_as}
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -232,7 +250,7 @@ class _FromFolder(SAESource):
 
 
 class _InMemory(SAESource):
-    def __init__(self, name: str, sae: SAE[Any]):
+    def __init__(self, name: str, sae: Any):
         super().__init__(name)
         self.sae = sae
 
@@ -248,20 +266,82 @@ class _InMemory(SAESource):
 
     @override
     def _read_config(self) -> dict[str, Any]:
-        return self.sae.cfg.to_dict()
+        if isinstance(self.sae, SAE):
+            return self.sae.cfg.to_dict()
+        return _config_of_stranger(self.sae)
 
     @override
-    def load(self, device: str, dtype: str) -> SAE[Any]:
+    def load(self, device: str, dtype: str) -> Any:
         return self.sae  # as it is: it belongs to the caller
 
     @override
     def fingerprint(self) -> str:
-        config = json.dumps(self.sae.cfg.to_dict(), sort_keys=True, default=str)
-        digest = hashlib.sha256(config.encode())
-        for name, tensor in sorted(self.sae.state_dict().items()):
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        for name, tensor in sorted(_tensors_of(self.sae).items()):
             digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            values = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(values.view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+def _tensors_of(sae: Any) -> dict[str, Tensor]:
+    if isinstance(sae, torch.nn.Module):
+        return sae.state_dict()
+    return {name: value for name, value in vars(sae).items() if isinstance(value, Tensor)}
+
+
+def _config_of_stranger(sae: Any) -> dict[str, Any]:
+    """The config of an object that is no SAE of SAELens, with what SAEBench's have in ``cfg``."""
+    linear_code(sae)  # says what is missing
+    cfg = getattr(sae, "cfg", None)
+    metadata = {
+        name: getattr(cfg, name, None)
+        for name in ("model_name", "hook_name", "hook_head_index", "context_size", "prepend_bos")
+    }
+    inner = getattr(cfg, "metadata", None) or getattr(sae, "metadata", None)
+    if inner is not None:
+        inner = inner if isinstance(inner, Mapping) else inner.to_dict()
+        metadata.update({name: value for name, value in inner.items() if value is not None})
+    return {
+        "architecture": str(getattr(cfg, "architecture", type(sae).__name__)),
+        "d_in": int(sae.W_dec.shape[1]),
+        "d_sae": int(sae.W_dec.shape[0]),
+        "dtype": str(sae.W_dec.dtype).removeprefix("torch."),
+        "normalize_activations": "none",
+        "metadata": metadata,
+    }
+
+
+class _NotEvaluated(SAESource):
+    def __init__(self, name: str, excluded: Excluded):
+        super().__init__(name)
+        self._reason = excluded.reason
+
+    @property
+    @override
+    def origin(self) -> str:
+        return "excluded"
+
+    @property
+    @override
+    def where(self) -> str:
+        return self.name
+
+    @override
+    def _read_config(self) -> dict[str, Any]:
+        raise ValueError(self._reason)
+
+    @override
+    def why_not(self) -> str | None:
+        return self._reason
+
+    @override
+    def load(self, device: str, dtype: str) -> Any:
+        raise ValueError(self._reason)
+
+    @override
+    def fingerprint(self) -> str:
+        return ""
 
 
 def shown_origin(origin: str) -> str:
@@ -269,25 +349,29 @@ def shown_origin(origin: str) -> str:
     return origin.replace("\t", "/")
 
 
-def sources_of(saes: Mapping[str, SAE[Any] | Path | str | tuple[str, str]]) -> list[SAESource]:
+def sources_of(saes: Mapping[str, Any]) -> list[SAESource]:
     """Sources from objects, folders and pairs of release and id, by name.
 
     Args:
-        saes: By name: an SAE, the folder of a saved one, or ``(release, sae_id)``.
+        saes: By name: an SAE (or another object that
+            :func:`sae_afa_plugin.spaces.linear_code` takes), the folder of a saved one,
+            ``(release, sae_id)``, or :class:`Excluded`.
 
     Raises:
         ValueError: If a folder holds no SAE, or a release or id is not known.
     """
     found: list[SAESource] = []
     for name, sae in saes.items():
-        if isinstance(sae, SAE):
-            found.append(_InMemory(name, sae))
+        if isinstance(sae, Excluded):
+            found.append(_NotEvaluated(name, sae))
         elif isinstance(sae, tuple):
             (source,) = sources_of_release(sae[0], [sae[1]])
             source.name = name
             found.append(source)
-        else:
+        elif isinstance(sae, str | Path):
             found.append(_FromFolder(name, Path(sae)))
+        else:
+            found.append(_InMemory(name, sae))
     return found
 
 

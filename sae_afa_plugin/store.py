@@ -1,44 +1,436 @@
-"""Files that are complete or not there, whatever happens."""
+"""A folder of results that any number of processes can add to.
+
+In the folder::
+
+    sae-afa.json             what the folder is, and the settings that it keeps to
+    sequences.parquet        every token that was read, with its text, for context
+    results/NAME.GROUP.KEY/  one result: an SAE, the activations, a group of metrics
+        result.json          what it is of, its summary, digests of its tables
+        tokens.parquet       one row for each token, where the group has some
+        features.parquet     one row for each feature, where the group has some
+    .claims/                 locks: who is at which SAE
+
+A result is written aside and renamed in, and is never changed or deleted afterwards, so a process
+that dies loses what it was doing and nothing else. Everything else in the folder is the user's.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+import shutil
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file so that it is complete or not there, whatever happens.
+from sae_afa_plugin.files import os_error, write_json, write_whole
+from sae_afa_plugin.groups.base import GroupResult
+
+SCHEMA_VERSION = 2
+MARKER_FILENAME = "sae-afa.json"
+SEQUENCES_FILENAME = "sequences.parquet"
+_RESULTS, _CLAIMS = "results", ".claims"
+_RESULT_FILENAME = "result.json"
+_FORMAT = "sae-afa results"
+_TABLES = ("tokens", "features")
+TOKEN = "token_number"  # in the source; tables of several groups are joined by it
+_OF_VERSION_0_1 = ("tokens.parquet", "unfinished/settings.json")
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """One result as it lies in a store.
 
     Args:
-        path: The file.
-        write: Writes to the path that it is given.
+        sae: The SAE's name.
+        group: The group's name.
+        fingerprint: Of the SAE.
+        facts: What the SAE is: source, architecture, widths, hooks.
+        summary: The group's numbers.
+        folder: Where it lies.
+        finished: When, in seconds since 1970.
+        digests: Of its tables, by name.
+    """
+
+    sae: str
+    group: str
+    fingerprint: str
+    facts: dict[str, Any]
+    summary: dict[str, Any]
+    folder: Path
+    finished: float
+    digests: dict[str, str]
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
+        """One of its tables, ``tokens`` or ``features``; None if the group has none.
+
+        Args:
+            name: Which.
+            columns: Only those of these that there are.
+
+        Raises:
+            ValueError: If the file is damaged or gone.
+        """
+        if name not in self.digests:
+            return None
+        path = self.folder / f"{name}.parquet"
+        try:
+            if digest_of(path) != self.digests[name]:
+                raise ValueError("it is not the file that was written")
+            known = None if columns is None else set(pq.read_schema(path).names)
+            some = None if known is None else [c for c in columns or () if c in known]
+            return pd.read_parquet(path, columns=some)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the results in {str(self.folder.parents[1])!r} cannot be read: "
+                f"{path.relative_to(self.folder.parents[1])}: {error}. Delete that folder and "
+                "evaluate again"
+            ) from error
+
+
+class Store:
+    """A folder of results.
+
+    Args:
+        folder: Where. Nothing is made before there is something to keep.
+        settings: Everything that decides what the numbers mean; the folder keeps to them. None:
+            those that the folder has.
 
     Raises:
-        OSError: If that fails, with what to do.
+        ValueError: If the folder holds results of other settings, or files of somebody else by
+            the names that are needed here.
     """
-    partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
-    try:
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"{path.name} could not be written in {str(path.parent)!r} "
-                f"({error.strerror or error}): nothing that was finished is lost, mend this and "
-                "run the same again"
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None):
+        self.folder = Path(folder)
+        marker = self.folder / MARKER_FILENAME
+        if marker.is_file():
+            self.settings = self._read_marker(marker)
+            if settings is not None:
+                self._check(json.loads(json.dumps(settings)))
+            return
+        if any((self.folder / name).is_file() for name in _OF_VERSION_0_1):
+            raise ValueError(
+                f"{str(self.folder)!r} holds results of version 0.1, which this version does not "
+                "read: evaluate again, into another folder"
+            )
+        if settings is None:
+            raise ValueError(f"it has no {MARKER_FILENAME}")
+        for name in ("results.json", "summary.csv", SEQUENCES_FILENAME, _RESULTS, _CLAIMS):
+            if (self.folder / name).exists():
+                raise ValueError(
+                    f"{str(self.folder / name)!r} was not written by sae-afa and would be in the "
+                    "way: use another folder"
+                )
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+
+    def _read_marker(self, marker: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            version, settings = found["schema_version"], found["settings"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(marker)!r} is damaged ({error}): delete the folder, or use another one"
             ) from error
-        raise
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"the results in {str(self.folder)!r} cannot be read: their schema_version is "
+                f"{version}, this version of sae-afa-plugin reads {SCHEMA_VERSION}"
+            )
+        return settings
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        found = self.settings
+        different = [
+            f"{key} was {found.get(key)!r} and is {settings.get(key)!r}"
+            for key in {**found, **settings}
+            if found.get(key) != settings.get(key)
+            # a dataset that is gone cannot have changed
+            and not (key.endswith("_content") and None in (found.get(key), settings.get(key)))
+        ]
+        if different:
+            raise ValueError(
+                f"{str(self.folder)!r} holds results of other settings ({'; '.join(different)}): "
+                "use another folder, or delete this one"
+            )
+
+    # --- the tokens ---
+
+    @property
+    def sequences(self) -> pd.DataFrame:
+        """Every token that was read, with its text.
+
+        Raises:
+            ValueError: If the file is damaged or gone.
+        """
+        try:
+            return pd.read_parquet(self.folder / SEQUENCES_FILENAME)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the results in {str(self.folder)!r} cannot be read: {SEQUENCES_FILENAME}: "
+                f"{error}. Delete the folder and evaluate again"
+            ) from error
+
+    def begin(self, sequences: pd.DataFrame) -> None:
+        """Make the folder, or make sure that its results are of the same tokens.
+
+        Args:
+            sequences: Every token that is read.
+
+        Raises:
+            ValueError: If the folder has others.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock("folder"):
+            if not (self.folder / MARKER_FILENAME).is_file():
+                write_whole(self.folder / SEQUENCES_FILENAME, sequences.to_parquet)
+                content = {
+                    "format": _FORMAT,
+                    "schema_version": SCHEMA_VERSION,
+                    "settings": self.settings,
+                }
+                write_json(self.folder / MARKER_FILENAME, content)
+                return
+        self._check(self._read_marker(self.folder / MARKER_FILENAME))
+        if not self.sequences["token_id"].equals(sequences["token_id"]):
+            raise ValueError(
+                f"the dataset gives other tokens than those that {str(self.folder)!r} was "
+                "made with: use another folder, or delete this one"
+            )
+
+    def leave(self) -> None:
+        """Leave nothing behind where nothing was finished, by anybody."""
+        results, claims = self.folder / _RESULTS, self.folder / _CLAIMS
+        with suppress(OSError):  # another process may be at it
+            if results.is_dir() and any(results.glob("*/" + _RESULT_FILENAME)):
+                return
+            if any(_held(lock) for lock in claims.glob("*.lock")):
+                return
+            shutil.rmtree(claims, ignore_errors=True)
+            shutil.rmtree(results, ignore_errors=True)
+            for name in (MARKER_FILENAME, SEQUENCES_FILENAME):
+                (self.folder / name).unlink(missing_ok=True)
+            self.folder.rmdir()
+
+    # --- results ---
+
+    def key(self, fingerprint: str, group: str) -> str:
+        """What names a result: of which SAE, of which activations, of which group.
+
+        Args:
+            fingerprint: Of the SAE.
+            group: The group's ``identity``.
+        """
+        parts = json.dumps([fingerprint, self.settings, group], sort_keys=True)
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def _place(self, sae: str, group: str, key: str) -> Path:
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "_", sae).strip("._")[:60] or "sae"
+        name = hashlib.sha256(sae.encode()).hexdigest()[:6]
+        return self.folder / _RESULTS / f"{slug}-{name}.{group}.{key}"
+
+    def find(self, sae: str, group: str, key: str) -> StoredResult | None:
+        """A result, if it is there.
+
+        Args:
+            sae: The SAE's name.
+            group: The group's name.
+            key: What :meth:`key` says.
+
+        Raises:
+            ValueError: If it is there, but not as it was written.
+        """
+        place = self._place(sae, group, key)
+        if not place.is_dir():
+            return None
+        result = _read_result(place)
+        for name, digest in result.digests.items():
+            if digest_of(place / f"{name}.parquet") != digest:
+                raise ValueError(f"{place.name} is damaged ({name}.parquet has changed)")
+        return result
+
+    def add(
+        self,
+        sae: str,
+        group: str,
+        key: str,
+        fingerprint: str,
+        facts: Mapping[str, Any],
+        result: GroupResult,
+        places: pd.DataFrame | None = None,
+    ) -> StoredResult:
+        """Keep a result for good.
+
+        Args:
+            sae: The SAE's name.
+            group: The group's name.
+            key: What :meth:`key` says.
+            fingerprint: Of the SAE.
+            facts: What the SAE is.
+            result: What the group found.
+            places: Where each token of the source stands.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        place = self._place(sae, group, key)
+        aside = place.with_name(f".{place.name}.partial")  # only who has the claim writes here
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            digests: dict[str, str] = {}
+            for name, table in zip(_TABLES, (result.tokens, result.features), strict=True):
+                if table is None:
+                    continue
+                if name == "tokens":
+                    table = _placed(table, places)
+                path = aside / f"{name}.parquet"
+                table.to_parquet(path, index=False)
+                _flush(path)
+                digests[name] = digest_of(path)
+            content = {
+                "sae": sae,
+                "group": group,
+                "fingerprint": fingerprint,
+                "facts": _plain(facts),
+                "summary": _plain(result.summary),
+                "finished": time.time(),
+                "digests": digests,
+            }
+            write_json(aside / _RESULT_FILENAME, content)
+            if place.is_dir():
+                with suppress(ValueError):
+                    there = self.find(sae, group, key)
+                    assert there is not None
+                    return there  # a process that sees no locks was faster
+                shutil.rmtree(place)  # a damaged one
+            aside.rename(place)
+        except OSError as error:
+            raise os_error(place, error) from error
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return _read_result(place)
+
+    def at(self, place: Path) -> StoredResult:
+        """The result in a folder of this store.
+
+        Args:
+            place: The folder.
+
+        Raises:
+            ValueError: If it is damaged or gone.
+        """
+        return _read_result(place)
+
+    def results(self) -> tuple[list[StoredResult], list[str]]:
+        """Every result, the newest last, and a line for each that is damaged."""
+        found: list[StoredResult] = []
+        damaged: list[str] = []
+        for file in sorted((self.folder / _RESULTS).glob(f"*/{_RESULT_FILENAME}")):
+            if file.parent.name.startswith("."):
+                continue
+            try:
+                found.append(_read_result(file.parent))
+            except ValueError as error:
+                damaged.append(str(error))
+        return sorted(found, key=lambda result: result.finished), damaged
+
+    # --- several processes ---
+
+    @contextmanager
+    def claim(self, name: str, wait: bool = False) -> Generator[bool]:
+        """Say that this process is at something; True if no other one is.
+
+        A claim ends with the block or with the process, however that ends.
+
+        Args:
+            name: Of an SAE.
+            wait: Wait until no other process is at it.
+        """
+        lock = self._lock(hashlib.sha256(name.encode()).hexdigest()[:16])
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _lock(self, name: str) -> FileLock:
+        claims = self.folder / _CLAIMS
+        claims.mkdir(parents=True, exist_ok=True)
+        return FileLock(claims / f"{name}.lock")
+
+    @contextmanager
+    def alone(self) -> Generator[None]:
+        """Wait until no other process writes the index."""
+        with self._lock("index"):
+            yield
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, as :func:`write_whole` does."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+def _placed(table: pd.DataFrame, places: pd.DataFrame | None) -> pd.DataFrame:
+    """Rows with their number in the source and their place in the text."""
+    if places is not None:
+        table = places.loc[table.index].join(table)
+    table = table.copy()
+    table.insert(0, TOKEN, table.index.to_numpy(dtype="int32"))
+    return table
+
+
+def _held(lock: Path) -> bool:
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _read_result(place: Path) -> StoredResult:
+    try:
+        found = json.loads((place / _RESULT_FILENAME).read_text(encoding="utf-8"))
+        result = StoredResult(folder=place, **found)
+        for name in result.digests:
+            if not (place / f"{name}.parquet").is_file():
+                raise ValueError(f"{name}.parquet is missing")
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{place.name} is damaged ({error})") from error
+    return result
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values as JSON holds them; NaN as None."""
+    plain = {name: getattr(value, "item", lambda v=value: v)() for name, value in values.items()}
+    return {name: None if value != value else value for name, value in plain.items()}
+
+
+def digest_of(path: Path) -> str:
+    """A digest of a file; of one that has not changed it is known from before."""
+    about = path.stat()
+    return _digest(path, about.st_size, about.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, modified: int) -> str:
+    del size, modified
+    digest = hashlib.sha256()
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

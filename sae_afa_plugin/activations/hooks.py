@@ -52,17 +52,24 @@ def stop_layer(hook_names: Iterable[str]) -> int | None:
 
 
 def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
-    """Shapes of the activations at these hooks, by one pass over two tokens.
+    """Shapes of one token's activations at these hooks, by one pass over two tokens.
 
     Args:
         model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
-        hook_names: The hooks. Those that the model does not have are left out; with some models
-            one of these leaves out all others too.
+        hook_names: The hooks. Those that the model does not have are left out.
     """
+    shapes = _probed(model, hook_names)
+    for name in hook_names:  # with some models a hook that does not exist leaves out all others
+        if name not in shapes:
+            shapes.update(_probed(model, [name]))
+    return shapes
+
+
+def _probed(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
     try:
         # Looked up by running the model: a TransformerBridge answers to aliases as well.
         cache = model.run_with_cache(
-            torch.zeros(1, 2, dtype=torch.long, device=_device(model)),
+            torch.zeros(1, 2, dtype=torch.long, device=device_of(model)),
             names_filter=list(hook_names),
             stop_at_layer=stop_layer(hook_names),
             prepend_bos=False,
@@ -72,17 +79,11 @@ def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
     shapes: dict[str, torch.Size] = {}
     for name in hook_names:
         with suppress(KeyError):
-            shapes[name] = cache[name].shape
+            shapes[name] = cache[name].shape[2:]
     return shapes
 
 
-def check_hook(
-    model: Any,
-    hook_name: str,
-    d_in: int,
-    head_index: int | None = None,
-    known: Mapping[str, torch.Size] | None = None,
-) -> None:
+def check_hook(model: Any, hook_name: str, d_in: int, head_index: int | None = None) -> None:
     """Make sure that a hook exists and is as wide as the SAE, before anything is trained.
 
     Args:
@@ -90,29 +91,55 @@ def check_hook(
         hook_name: The hook to read.
         d_in: The SAE's input width.
         head_index: The head that is read, where the hook has heads.
-        known: What :func:`hook_shapes` has found; what it lacks is looked for again.
 
     Raises:
         ValueError: If there is no such hook, or its activations have another width.
     """
-    shape = (known or {}).get(hook_name) or hook_shapes(model, [hook_name]).get(hook_name)
+    shape = hook_shapes(model, [hook_name]).get(hook_name)
+    reason = misfit(hook_name, shape, d_in, head_index, list(model.hook_dict))
+    if reason is not None:
+        raise ValueError(reason)
+
+
+def misfit(
+    hook_name: str,
+    shape: torch.Size | None,
+    d_in: int,
+    head_index: int | None,
+    known: Sequence[str],
+) -> str | None:
+    """Why an SAE cannot read a hook, or None if it can.
+
+    Args:
+        hook_name: The hook.
+        shape: Of one token's activations there; None if there is no such hook.
+        d_in: The SAE's width.
+        head_index: The head that it reads, where it reads one of several.
+        known: The hooks that there are, for near matches.
+
+    Example:
+        >>> misfit("blocks.0.hook_resid_pre", torch.Size([16]), 20, None, [])
+        "the activations at 'blocks.0.hook_resid_pre' have width 16, but the SAE has d_in=20..."
+    """
     if shape is None:
-        near = get_close_matches(hook_name, list(model.hook_dict), n=3)
+        near = get_close_matches(hook_name, known, n=3)
         hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"the model has no hook {hook_name!r}{hint}")
-    heads = shape[2] if len(shape) == 4 else 0
+        return f"the model has no hook {hook_name!r}{hint}"
+    heads = shape[0] if len(shape) == 2 else 0
     if head_index is not None and not -heads <= head_index < heads:
-        raise ValueError(
+        return (
             f"hook_head_index={head_index} does not fit {hook_name!r}, which has "
             f"{heads or 'no'} heads"
         )
-    width = shape[-1] if len(shape) == 3 or head_index is not None else shape[2:].numel()
+    width = shape[-1] if len(shape) == 1 or head_index is not None else shape.numel()
     if width != d_in:
-        raise ValueError(
+        return (
             f"the activations at {hook_name!r} have width {width}, but the SAE has d_in={d_in}: "
             f"set d_in={width} or choose another hook"
         )
+    return None
 
 
-def _device(model: Any) -> torch.device:
+def device_of(model: Any) -> torch.device:
+    """Where a language model is."""
     return next(model.parameters()).device

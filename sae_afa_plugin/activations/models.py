@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 from sae_lens.load_model import load_model
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
-from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, hooked_gpt2, load_embedded_model
+from sae_afa_plugin.activations.embedded import (
+    ASSETS,
+    EMBEDDED_NAME,
+    hooked_gpt2,
+    load_embedded_model,
+)
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
@@ -131,3 +138,57 @@ def _from_folder(
             f"for the folder {str(folder)!r}: load the model yourself and pass the object"
         )
     return TransformerBridge.boot_transformers(str(folder), device=device)
+
+
+def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells one language model from another, as settings keep it.
+
+    Args:
+        model: The model object, its name, a local folder, or None for the one that SAEs want.
+        wanted: What :func:`shared_model` returns.
+
+    Returns:
+        ``model``, how it is called; ``model_argument``, what has to be passed to load it again
+        (None where SAEs name it, or where it was an object); and ``model_content``, a digest of
+        all weights of an object and of all files of a folder, otherwise None.
+
+    Example:
+        >>> model_identity("gpt2", {"model_from_pretrained_kwargs": {}})["model_argument"]
+        'gpt2'
+    """
+    if model is None or isinstance(model, str | Path):
+        name = str(model or wanted["model_name"])
+        kwargs = wanted.get("model_from_pretrained_kwargs") or {}
+        folder = ASSETS if name == EMBEDDED_NAME else Path(name) if Path(name).is_dir() else None
+        return {
+            "model": name,
+            "model_kwargs": kwargs,
+            "model_argument": None if model is None else name,
+            "model_content": None if folder is None else _digest_of_folder(folder),
+        }
+    name = getattr(getattr(model, "cfg", None), "model_name", None)
+    return {
+        "model": f"{type(model).__name__} {name or ''}".strip(),
+        "model_kwargs": {},
+        "model_argument": None,
+        "model_content": _digest_of_weights(model),
+    }
+
+
+def _digest_of_weights(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().cpu().contiguous().view(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def _digest_of_folder(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{file.relative_to(folder).as_posix()}\n".encode())
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]

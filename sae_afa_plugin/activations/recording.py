@@ -1,122 +1,330 @@
-"""The activations of several hooks at chosen tokens, from one pass of a language model."""
+"""Activations on disk: recorded once, read by any number of evaluations, trainings and machines.
+
+In the folder of a recording::
+
+    manifest.json      what decides the numbers, hooks, shapes, shards; written before the shards
+    places.parquet     where each token stands
+    sequences.parquet  every token that the model has read, with its text
+    00000.safetensors  a shard: some tokens in a row, one tensor for each hook
+
+A shard is complete or not there, so an interrupted recording goes on with those that are missing.
+"""
 
 from __future__ import annotations
 
-import math
-import os
-import tempfile
-from collections.abc import Collection, Iterator, Mapping
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
+from typing_extensions import override
 
-from sae_afa_plugin.activations.hooks import stop_layer
-from sae_afa_plugin.activations.tokens import TokenSample
+from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.activations.hooks import wanted_hooks
+from sae_afa_plugin.files import write_json, write_whole
+
+FORMAT_VERSION = 1
+MANIFEST_FILENAME = "manifest.json"
+_PLACES_FILENAME = "places.parquet"
+_SEQUENCES_FILENAME = "sequences.parquet"
+_SHARD_BYTES = 1 << 28
+DTYPES = ("float32", "float16", "bfloat16")
 
 
-class RecordedActivations:
-    """What a language model computes at some hooks, at the tokens that are evaluated.
+@dataclass(frozen=True)
+class _Manifest:
+    """What ``manifest.json`` holds, beside the format's name and version."""
 
-    The activations stay in the model's dtype, in memory or, where they exceed the budget, in a
-    temporary file that vanishes with the process. The model stops after the last hook.
+    settings: dict[str, Any]
+    hooks: dict[str, dict[str, Any]]
+    n_tokens: int
+    n_special: int
+    shard_tokens: int
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_tokens // self.shard_tokens)
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(
+            torch.Size(hook["shape"]).numel() * getattr(torch, hook["dtype"]).itemsize
+            for hook in self.hooks.values()
+        )
+
+    def range_of(self, shard: int) -> tuple[int, int]:
+        start = shard * self.shard_tokens
+        return start, min(start + self.shard_tokens, self.n_tokens)
+
+
+def _shard(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def record(
+    source: Activations,
+    hooks: Sequence[str],
+    folder: str | Path,
+    dtype: str | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> RecordedActivations:
+    """Write the activations of a source into a folder, or what is missing there.
 
     Args:
-        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
-        sample: The sequences, and which of their tokens count.
-        hook_names: Hooks that exist in the model.
-        batch_size_prompts: Sequences in one forward pass.
-        memory_budget: Bytes of memory for the activations.
-        scratch: Folder for the temporary file; None: the system's.
+        source: Where to read.
+        hooks: The hooks that are wanted.
+        folder: Made if it does not exist. One that holds an unfinished recording of the same
+            activations is finished.
+        dtype: float32, float16 or bfloat16; None: what the source gives. A lower precision is a
+            setting of its own: results from it do not mix with others.
         progress: Whether to show a bar.
+        say: Gets one line with the size before anything is written.
 
     Raises:
-        OSError: If the disk has no room for them.
+        ValueError: If a hook does not exist, the folder holds something else, or values leave the
+            range of ``dtype``.
+        OSError: If the disk has no room.
+    """
+    folder = Path(folder)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}: got {dtype!r}")
+    manifest = _plan(source, list(dict.fromkeys(hooks)), dtype)
+    content = {"format": "sae-afa activations", "version": FORMAT_VERSION, **vars(manifest)}
+    content = json.loads(json.dumps(content))  # tuples become lists, as in the file
+    if (folder / MANIFEST_FILENAME).is_file():
+        _check_same(folder, content)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"the folder {str(folder)!r} is not empty and holds no recording: use another folder"
+        )
+    missing = [n for n in range(manifest.n_shards) if not _shard(folder, n).is_file()]
+    tokens = sum(stop - start for start, stop in map(manifest.range_of, missing))
+    needed = tokens * manifest.bytes_per_token
+    say(
+        f"{manifest.n_tokens:,} tokens at {len(manifest.hooks)} hooks, "
+        f"{manifest.bytes_per_token:,} bytes each: {_size(manifest.n_tokens * manifest.bytes_per_token)}"
+        + (f", of which {_size(needed)} are missing" if len(missing) < manifest.n_shards else "")
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"the recording needs {_size(needed)} in {str(folder)!r}, where {_size(free)} are free: "
+            "record fewer tokens or hooks, or in float16"
+        )
+    if missing:
+        for name, table in (
+            (_PLACES_FILENAME, source.places),
+            (_SEQUENCES_FILENAME, source.sequences),
+        ):
+            if not (folder / name).is_file():
+                write_whole(folder / name, table.to_parquet)
+        if not (folder / MANIFEST_FILENAME).is_file():
+            write_json(folder / MANIFEST_FILENAME, content)
+    with tqdm(
+        total=manifest.n_tokens,
+        initial=manifest.n_tokens - tokens,
+        desc="Recording",
+        unit="tok",
+        disable=not progress,
+    ) as bar:
+        for number in missing:
+            start, stop = manifest.range_of(number)
+            found = source.read(list(manifest.hooks), start, stop)
+            tensors = {hook: _stored(hook, acts, dtype) for hook, acts in found.items()}
+            write_whole(_shard(folder, number), lambda path, t=tensors: save_file(t, path))
+            bar.update(stop - start)
+    return RecordedActivations(folder)
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def _plan(source: Activations, hooks: list[str], dtype: str | None) -> _Manifest:
+    if not hooks:
+        raise ValueError("name at least one hook")
+    shapes = source.shapes(hooks)
+    for hook in hooks:
+        reason = source.why_not(Site(hook), shapes[hook].numel() if hook in shapes else 0)
+        if reason is not None:
+            raise ValueError(reason)
+    first = source.read(hooks, 0, 1)
+    stored = {hook: dtype or str(first[hook].dtype).removeprefix("torch.") for hook in hooks}
+    settings = source.settings
+    if dtype is not None:
+        settings = {**settings, "recorded_dtype": dtype}
+    about = {hook: {"shape": list(shapes[hook]), "dtype": stored[hook]} for hook in hooks}
+    manifest = _Manifest(settings, about, source.n_tokens, source.n_special, 1)
+    return _Manifest(
+        settings,
+        about,
+        source.n_tokens,
+        source.n_special,
+        max(1, _SHARD_BYTES // max(1, manifest.bytes_per_token)),
+    )
+
+
+def _check_same(folder: Path, content: dict[str, Any]) -> None:
+    found = _read_manifest(folder)
+    different = [key for key in content if found.get(key) != content[key]]
+    if different:
+        raise ValueError(
+            f"{str(folder)!r} holds a recording of something else ({', '.join(different)} differ): "
+            "use another folder, or delete this one"
+        )
+
+
+def _stored(hook: str, acts: Tensor, dtype: str | None) -> Tensor:
+    acts = acts.cpu()
+    if dtype is None:
+        return acts.contiguous()
+    stored = acts.to(getattr(torch, dtype))
+    if bool((acts.isfinite() & ~stored.isfinite()).any()):
+        raise ValueError(
+            f"activations at {hook!r} leave the range of {dtype} (the largest is "
+            f"{acts[acts.isfinite()].abs().max().item():.3g}): record in bfloat16 or float32"
+        )
+    return stored.contiguous()
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or found.get("format") != "sae-afa activations":
+            raise ValueError("it is no manifest of sae-afa")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the folder {str(folder)!r} holds no recording of activations "
+            f"({MANIFEST_FILENAME}: {error})"
+        ) from error
+    if found["version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"the recording in {str(folder)!r} has version {found['version']}, this version of "
+            f"sae-afa-plugin reads {FORMAT_VERSION}: record it again"
+        )
+    return found
+
+
+class RecordedActivations(Activations):
+    """Activations that :func:`record` has written.
+
+    Args:
+        folder: The recording.
+        model: The language model it was made with, for metrics that run it again.
+
+    Raises:
+        ValueError: If the folder holds no finished recording.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        sample: TokenSample,
-        hook_names: Collection[str],
-        batch_size_prompts: int = 16,
-        memory_budget: int = 1 << 30,
-        scratch: Path | None = None,
-        progress: bool = False,
-    ):
-        self._acts: dict[str, Tensor] = {}
-        names = sorted(hook_names)
-        if not names:
-            return
-        stop = stop_layer(names)
-        device = next(model.parameters()).device
-        n_tokens, start = sample.n_tokens, 0
-        with tqdm(total=n_tokens, desc="Language model", unit="tok", disable=not progress) as bar:
-            for tokens, keep in zip(
-                sample.tokens.split(batch_size_prompts),
-                sample.keep.split(batch_size_prompts),
-                strict=True,
-            ):
-                with torch.no_grad():
-                    _, cache = model.run_with_cache(
-                        tokens.to(device), names_filter=names, stop_at_layer=stop, prepend_bos=False
-                    )
-                if not self._acts:
-                    shapes = {name: (n_tokens, *cache[name].shape[2:]) for name in names}
-                    dtypes = {name: cache[name].dtype for name in names}
-                    self._acts = _room_for(shapes, dtypes, memory_budget, scratch)
-                count = int(keep.sum())
-                for name in names:
-                    self._acts[name][start : start + count] = cache[name][
-                        keep.to(cache[name].device)
-                    ].cpu()
-                start += count
-                bar.update(count)
+    def __init__(self, folder: str | Path, model: Any | None = None):
+        self.folder, self._model = Path(folder), model
+        found = _read_manifest(self.folder)
+        try:
+            self._manifest = _Manifest(
+                **{name: found[name] for name in _Manifest.__dataclass_fields__}
+            )
+            shards = [_shard(self.folder, n) for n in range(self._manifest.n_shards)]
+            self._places = pd.read_parquet(self.folder / _PLACES_FILENAME)
+            self._sequences = pd.read_parquet(self.folder / _SEQUENCES_FILENAME)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"the recording in {str(folder)!r} is damaged ({type(error).__name__}: {error}): "
+                "record it again"
+            ) from error
+        missing = sum(not shard.is_file() for shard in shards)
+        if missing:
+            raise ValueError(
+                f"the recording in {str(folder)!r} is not finished, {missing} of {len(shards)} "
+                "shards are missing: run the same sae-afa record again"
+            )
 
-    def chunks(self, hook_name: str, head_index: int | None, size: int) -> Iterator[Tensor]:
-        """The activations at one hook, some tokens at a time.
+    @property
+    @override
+    def settings(self) -> dict[str, Any]:
+        return self._manifest.settings
 
-        Args:
-            hook_name: One of the recorded hooks.
-            head_index: The head that is wanted, where the hook has heads and not all are.
-            size: Tokens in one chunk.
+    @property
+    @override
+    def places(self) -> pd.DataFrame:
+        return self._places
 
-        Yields:
-            ``[tokens, d]``, or ``[tokens, n_heads, d_head]``.
-        """
-        for acts in self._acts[hook_name].split(size):
-            yield acts if head_index is None else acts[:, head_index]
+    @property
+    @override
+    def n_tokens(self) -> int:
+        return self._manifest.n_tokens
 
+    @property
+    @override
+    def sequences(self) -> pd.DataFrame:
+        return self._sequences
 
-def _room_for(
-    shapes: Mapping[str, tuple[int, ...]],
-    dtypes: Mapping[str, torch.dtype],
-    budget: int,
-    scratch: Path | None,
-) -> dict[str, Tensor]:
-    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
-    total = sum(sizes.values())
-    if total <= budget:
-        return {name: torch.empty(shape, dtype=dtypes[name]) for name, shape in shapes.items()}
-    try:
-        with tempfile.TemporaryFile(dir=scratch) as file:
-            # now, while a full disk is an error and not yet a crash (where the system can tell)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, total)
-            else:
-                file.truncate(total)
-            raw = torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+", shape=(total,)))
-    except OSError as error:
-        raise OSError(
-            f"the activations need {math.ceil(total / 2**20):,} MiB on disk in "
-            f"{str(scratch or tempfile.gettempdir())!r} ({error.strerror}): evaluate fewer tokens, "
-            "or raise memory_budget (--memory) to keep them in memory"
-        ) from error
-    parts = raw.split(list(sizes.values()))
-    return {
-        name: part.view(dtypes[name]).view(shapes[name])
-        for name, part in zip(shapes, parts, strict=True)
-    }
+    @property
+    @override
+    def n_special(self) -> int:
+        return self._manifest.n_special
+
+    @property
+    @override
+    def model(self) -> Any | None:
+        return self._model
+
+    @override
+    def hook_names(self) -> list[str]:
+        return list(self._manifest.hooks)
+
+    @override
+    def site(self, metadata: Mapping[str, Any]) -> Site:
+        site = super().site(metadata)
+        # the recording may know a hook by the name that transformers gives it
+        names = {hook: self._known(hook, metadata) for hook in site.hooks}
+        return site._replace(
+            hook=names[site.hook],
+            hook_out=None if site.hook_out is None else names[site.hook_out],
+        )
+
+    def _known(self, hook: str, metadata: Mapping[str, Any]) -> str:
+        if hook in self._manifest.hooks:
+            return hook
+        suffix = "_out" if hook == metadata.get("hook_name_out") else ""
+        ends = {
+            f"hook_name{suffix}": hook,
+            f"hf_hook_name{suffix}": metadata.get(f"hf_hook_name{suffix}"),
+        }
+        other = {name.removesuffix("_out"): value for name, value in ends.items()}
+        return next((h for h in sorted(wanted_hooks(other)) if h in self._manifest.hooks), hook)
+
+    @override
+    def shapes(self, hooks: Sequence[str]) -> dict[str, torch.Size]:
+        known = self._manifest.hooks
+        return {hook: torch.Size(known[hook]["shape"]) for hook in hooks if hook in known}
+
+    @override
+    def read(self, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
+        parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
+        size = self._manifest.shard_tokens
+        for number in range(start // size, -(-stop // size)):
+            first, last = self._manifest.range_of(number)
+            within = slice(max(start, first) - first, min(stop, last) - first)
+            path = _shard(self.folder, number)
+            try:
+                with safe_open(path, framework="pt") as shard:
+                    for hook in parts:
+                        parts[hook].append(shard.get_slice(hook)[within])
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"the shard {path.name} of {str(self.folder)!r} cannot be read ({error}): "
+                    "delete it and run the same sae-afa record again"
+                ) from error
+        return {
+            hook: found[0] if len(found) == 1 else torch.cat(found) for hook, found in parts.items()
+        }

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.options import flag
 
 AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | Tensor | str | Path"
 
@@ -25,18 +27,34 @@ EMBEDDED_TEXT = "embedded"
 _TOKEN_COLUMNS = ("tokens", "input_ids")
 _TEXT_COLUMNS = ("text", "problem")  # as SAELens's ActivationsStore looks for them
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_DATASET, _PART = "NeelNanda/pile-10k", "OpenWebText2"
 _SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
+
+
+def _parse_ids(text: str) -> bool | tuple[int, ...]:
+    if text in ("yes", "no"):
+        return text == "yes"
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be yes, no or ids of tokens like 0,50256: got {text!r}"
+        ) from None
+
+
+def _write_ids(value: bool | tuple[int, ...]) -> str:
+    return ("no", "yes")[value] if isinstance(value, bool) else ",".join(map(str, value)) or ","
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which tokens of a dataset are evaluated.
+    """Which tokens of a dataset are read.
 
     Args:
         n_tokens: How many, special tokens not counted.
         context_size: Tokens in one sequence.
-        prepend_bos: Whether each sequence begins with BOS, where the tokenizer has one. None: as
-            the SAEs were trained.
+        prepend_bos: Whether each sequence begins with BOS, where the tokenizer has one. Without a
+            word: as the SAEs were trained.
         positions: "all" tokens of a sequence, or only the "last" one of each.
         concatenate: Whether documents are put in a row and cut into sequences. Otherwise each
             sequence is the beginning of one document, and documents that are too short are left
@@ -48,17 +66,24 @@ class Protocol:
         seed: For the order of documents.
     """
 
-    n_tokens: int = 50_000
+    n_tokens: int = field(default=50_000, metadata=flag("--tokens"))
     context_size: int = 128
-    prepend_bos: bool | None = None
-    positions: Literal["all", "last"] = "all"
+    prepend_bos: bool | None = field(default=None, metadata=flag("--bos"))
+    positions: Literal["all", "last"] = field(
+        default="all", metadata=flag(choices=["all", "last"], parse=str)
+    )
     concatenate: bool = True
-    exclude_special_tokens: bool | tuple[int, ...] = True
+    exclude_special_tokens: bool | tuple[int, ...] = field(
+        default=True,
+        metadata=flag(metavar="yes|no|ID,ID", parse=_parse_ids, write=_write_ids),
+    )
     subset: str | None = None
     shuffle: bool = False
     seed: int = 42
 
     def __post_init__(self) -> None:
+        if isinstance(self.exclude_special_tokens, list):  # as JSON gives it back
+            object.__setattr__(self, "exclude_special_tokens", tuple(self.exclude_special_tokens))
         if self.positions not in ("all", "last"):
             raise ValueError(f"positions must be 'all' or 'last': got {self.positions!r}")
         for name in ("n_tokens", "context_size"):
@@ -74,10 +99,28 @@ PROTOCOLS = {
         prepend_bos=True,
         positions="last",
         concatenate=False,
-        subset="OpenWebText2",
+        subset=_PART,
         shuffle=True,
     ),
 }
+
+
+def with_default_text(
+    dataset: AnyDataset | None, protocol: Protocol, given: Collection[str]
+) -> tuple[AnyDataset, Protocol]:
+    """The dataset, or where none is given the one of the paper's evaluation.
+
+    Not the text that the paper's recipe (and most SAEs) begin to train on: that would be no
+    held-out text.
+
+    Args:
+        dataset: What was given.
+        protocol: Which tokens.
+        given: Fields of the protocol that somebody has chosen.
+    """
+    if dataset is not None:
+        return dataset, protocol
+    return _DATASET, protocol if "subset" in given else replace(protocol, subset=_PART)
 
 
 class TokenSample(NamedTuple):

@@ -157,12 +157,12 @@ def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: 
     assert set(summary["d_sae"]) == {D_SAE}
     assert list(summary["hook_name"]) == RELEASE_IDS
 
-    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    tokens = AFAResults.load(release.folder).tokens
     assert len(tokens) == 13 * 600
     assert set(tokens.groupby("sae", observed=True).size()) == {600}
 
     written = json.loads((release.folder / "results.json").read_text(encoding="utf-8"))
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["refused"] == {}
     assert list(written["saes"]) == RELEASE_IDS
     settings = written["settings"]
@@ -171,13 +171,12 @@ def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: 
     assert settings["context_size"] == 128
     assert settings["prepend_bos"] is True
     assert settings["seed"] == 42
-    assert "center_writing_weights" in settings["model"]
+    assert settings["model"] == "gpt2-small"
+    assert settings["model_kwargs"] == {"center_writing_weights": True}
     for package in ("sae-afa-plugin", "sae-lens", "transformer-lens", "torch", "python"):
         assert written["versions"][package][0].isdigit()
 
-    assert sorted(file.name for file in release.folder.iterdir()) == [
-        "results.json", "sequences.parquet", "summary.csv", "tokens.parquet",
-    ]  # fmt: skip
+    assert sorted(file.name for file in release.folder.iterdir()) == FILES
     assert not hub.loopback.unknown_requests
 
 
@@ -189,7 +188,7 @@ def test_it_prints_what_was_loaded(release: Evaluated) -> None:
 
 def cells_of(ran: Ran, sae_id: str) -> list[str]:
     """The SAE's line in the printed table: each SAE is one line, that grep finds."""
-    table = ran.out[ran.out.rindex("protocol ") :]
+    table = ran.out[ran.out.rindex("tokens (medians") :]
     (line,) = [line for line in table.splitlines() if f" {sae_id} " in f" {line} "]
     return line.replace("│", " ").split()
 
@@ -263,7 +262,7 @@ def test_the_tokens_are_the_documents_in_a_row(hub: Hub, release: Evaluated) -> 
     read = ids.flatten()[ids.flatten() != BOS]
     # a sequence's first place is taken by BOS, nothing else may be lost
     assert read.tolist() == stream[: len(read)]
-    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    tokens = AFAResults.load(release.folder).tokens
     for _, part in tokens.groupby("sae", observed=True):
         assert part["token_id"].tolist() == stream[:600]
         assert (ids[part["sequence"], part["position"]] == part["token_id"]).all()
@@ -274,7 +273,7 @@ def test_the_numbers_are_those_of_a_slow_computation(
     hub: Hub, release: Evaluated, sae_id: str
 ) -> None:
     ids = by_position(pd.read_parquet(release.folder / "sequences.parquet"), "token_id")
-    tokens = pd.read_parquet(release.folder / "tokens.parquet")
+    tokens = AFAResults.load(release.folder).tokens
     tokens = tokens.loc[tokens["sae"] == sae_id]
     hidden = residual_stream(hub, ids)[12 if "post" in sae_id else 3]
     raw = hidden[tokens["sequence"], tokens["position"]]
@@ -393,7 +392,7 @@ def test_the_papers_protocol_reads_the_last_token_of_each_long_document_of_one_p
     assert sorted(read) == list(range(24))  # none of Github, none too short, none twice
     assert read != sorted(read)  # in random order
     assert "24 tokens, not 1,000" in ran["all of it"].out
-    tokens = pd.read_parquet(folder / "all of it" / "tokens.parquet")
+    tokens = AFAResults.load(folder / "all of it").tokens
     assert tokens["sequence"].tolist() == list(range(24))
     assert set(tokens["position"]) == {127}
     ids = by_position(pd.read_parquet(folder / "all of it" / "sequences.parquet"), "token_id")
@@ -489,7 +488,8 @@ def truncate(file: Path) -> None:
 
 
 def hidden_files(folder: Path) -> list[Path]:
-    return list(folder.rglob(".*"))
+    """But for the locks."""
+    return [place for place in folder.rglob(".*") if place.name != ".claims"]
 
 
 def loaded(ran: Ran) -> list[str]:
@@ -513,8 +513,26 @@ def assert_same_results(found: Path, expected: Path) -> None:
     assert one.metadata == other.metadata
     for file in ("summary.csv", "results.json") if same_folders else ():
         assert (found / file).read_bytes() == (expected / file).read_bytes(), file
-    names = ["results.json", "sequences.parquet", "summary.csv", "tokens.parquet"]
-    assert sorted(place.name for place in found.iterdir()) == names
+    assert sorted(place.name for place in found.iterdir()) == FILES
+
+
+FILES = [
+    ".claims", "results", "results.json", "sae-afa.json", "sequences.parquet", "summary.csv",
+]  # fmt: skip
+GROUPS = 3  # afa, frequencies, coherence
+
+
+def kept(out: Path) -> dict[Path, bytes]:
+    """The files of every result that is complete."""
+    folders = [file.parent for file in out.glob("results/[!.]*/result.json")]
+    return {file: file.read_bytes() for folder in folders for file in folder.iterdir()}
+
+
+def kept_saes(out: Path) -> int:
+    """How many SAEs have all of their results."""
+    files = [file for file in kept(out) if file.name == "result.json"]
+    names = [json.loads(file.read_text())["sae"] for file in files]
+    return sum(names.count(name) == GROUPS for name in set(names))
 
 
 Run = Callable[..., Ran]
@@ -569,7 +587,7 @@ def started(saes: Path, out: Path) -> subprocess.Popen[str]:
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     end = time.monotonic() + 120
-    while len(list(out.glob("unfinished/*.parquet"))) < 2:
+    while kept_saes(out) < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.005)
@@ -584,7 +602,7 @@ def killed(saes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert len(list(out.glob("unfinished/*.parquet"))) == 2, "it was killed too late"
+    assert kept_saes(out) == 2, "it was killed too late"
     return out
 
 
@@ -632,8 +650,7 @@ def test_ctrl_c_is_130_and_goes_on_as_well(
     assert "run the same again" in err.splitlines()[-1]
     assert "Traceback" not in printed + err
     assert not hidden_files(out)
-    finished = {file: file.read_bytes() for file in out.glob("unfinished/*.parquet")}
-    assert len(finished) == 2
+    assert kept_saes(out) == 2
 
     ran = run(*command_for(saes, *KILL_ORDER), "--out", out)
     assert ran.status == 0, ran.err
@@ -645,8 +662,8 @@ def test_ctrl_c_is_130_and_goes_on_as_well(
 def test_a_damaged_part_is_said_and_evaluated_again(
     saes: Path, left: Path, uninterrupted: Path, run: Run, damage: str
 ) -> None:
-    part = sorted(left.glob("unfinished/*.parquet"))[0]
-    whose = pd.read_parquet(part)["sae"].iloc[0]
+    part = sorted(left.glob("results/[!.]*.afa.*/tokens.parquet"))[0]
+    whose = json.loads((part.parent / "result.json").read_text())["sae"]
     if damage == "cut off":
         truncate(part)
     elif damage == "empty":
@@ -657,7 +674,8 @@ def test_a_damaged_part_is_said_and_evaluated_again(
     names = [name for name in KILL_ORDER if name != "wide"]
     ran = run(*command_for(saes, *names), "--out", left)
     assert ran.status == 0, ran.err
-    assert f"{part.name} is damaged and evaluated again" in ran.out
+    said = f"{part.parent.name} is damaged (tokens.parquet has changed): it is evaluated again"
+    assert said in ran.out
     assert counts(ran) == (1, 2)
     assert sorted(loaded(ran)) == sorted([whose, "c"])
     expected = AFAResults.load(uninterrupted)
@@ -670,11 +688,15 @@ def test_what_a_kill_left_half_written_is_cleared_away(
 ) -> None:
     """A process that is killed while it writes cannot remove its own temporary file."""
     out = tmp_path / "out"
-    (out / "unfinished").mkdir(parents=True)
-    for place in (out, out / "unfinished"):
-        (place / ".tokens.parquet.partial").write_bytes(b"half")
+    assert run(*command_for(saes, "a"), "--out", out).status == 0
+    (whole,) = out.glob("results/*.afa.*")
+    whole.rename(whole.with_name(f".{whole.name}.partial"))  # killed before it was renamed
+    for place in (out / ".results.json.partial", out / ".summary.csv.partial"):
+        place.write_bytes(b"half")
+    (out / "results.json").unlink()
     ran = run(*command_for(saes, "a"), "--out", out)
     assert ran.status == 0, ran.err
+    assert loaded(ran) == ["a"]
     assert not hidden_files(out)
 
 
@@ -701,19 +723,29 @@ def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+PAGE = 4096
+
+
+def in_pages(*sizes: int) -> int:
+    """What files take on such a disk."""
+    return sum(-(-size // PAGE) * PAGE for size in sizes)
+
+
 def test_a_full_disk_loses_nothing_and_the_same_command_finishes(
     saes: Path, tmp_path: Path, run: Run
 ) -> None:
     command = command_for(saes, "a", "b", "c")
     assert run(*command, "--out", tmp_path / "roomy").status == 0
-    one = (tmp_path / "roomy" / "tokens.parquet").stat().st_size // 3
-    sequences = (tmp_path / "roomy" / "sequences.parquet").stat().st_size
-    with small_disk(tmp_path / "disk", int(2.5 * one + sequences)) as enlarge:
+    one = in_pages(*map(len, kept(tmp_path / "roomy").values())) / 3
+    about = in_pages(
+        *((tmp_path / "roomy" / f).stat().st_size for f in ("sequences.parquet", "sae-afa.json"))
+    )
+    with small_disk(tmp_path / "disk", int(about + 2.5 * one)) as enlarge:
         out = tmp_path / "disk" / "out"
 
         # no room for the third SAE, then for the results as a whole
         finished: dict[Path, bytes] = {}
-        for room, n in ((None, 2), (int(5.5 * one + sequences), 3)):
+        for room, n in ((None, 2), (int(about + 3 * one) + 2 * PAGE, 3)):
             if room is not None:
                 enlarge(room)
             ran = run(*command, "--out", out)
@@ -723,8 +755,8 @@ def test_a_full_disk_loses_nothing_and_the_same_command_finishes(
             assert "nothing that was finished is lost" in message
             assert not hidden_files(out)
             assert all(file.read_bytes() == content for file, content in finished.items())
-            finished = {file: file.read_bytes() for file in out.glob("unfinished/*.parquet")}
-            assert len(finished) == n
+            finished = kept(out)
+            assert kept_saes(out) == n
             assert not (out / "results.json").exists()
 
         enlarge(1 << 24)
@@ -766,7 +798,7 @@ def finished(saes: Path, tmp_path: Path, run: Run) -> tuple[Path, list[str], Ran
 
 
 def table_in(ran: Ran) -> str:
-    return ran.out[ran.out.index("protocol ") :]
+    return ran.out[ran.out.index("tokens (medians") :]
 
 
 def test_a_finished_evaluation_is_printed_again_without_the_model(
@@ -781,7 +813,7 @@ def test_a_finished_evaluation_is_printed_again_without_the_model(
     command = ["--path", sae, "--model", gpt2, "--dataset", text, "--tokens", 300]
     first = run(*command, "--out", tmp_path / "out")
     assert first.status == 0, first.err
-    files = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    files = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
 
     shutil.rmtree(gpt2)  # what is not read need not be there
     text.unlink()
@@ -790,7 +822,7 @@ def test_a_finished_evaluation_is_printed_again_without_the_model(
     assert counts(again) == (1, 0)
     assert loaded(again) == []
     assert table_in(again) == table_in(first)
-    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == files
+    assert {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()} == files
 
 
 def test_a_changed_sae_is_evaluated_again_and_only_that(
@@ -835,10 +867,10 @@ def test_a_part_of_the_saes_again_keeps_the_others(
     [
         (["--tokens", "300"], "n_tokens was 2000 and is 300"),
         (["--context-size", "64"], "context_size was 128 and is 64"),
-        (["--keep-special-tokens"], "exclude_special_tokens was True and is False"),
+        (["--exclude-special-tokens", "no"], "exclude_special_tokens was True and is False"),
         (["--dataset", "somebody/text"], "dataset was 'embedded' and is 'somebody/text'"),
         (["--model", "gpt2"], "model was 'sae-afa-demo' and is 'gpt2'"),
-        (["--core"], "core_tokens was 0 and is 8192"),
+        (["--dtype", "bfloat16"], "dtype was 'float32' and is 'bfloat16'"),
         (["--protocol", "paper"], "positions was 'all' and is 'last'"),
     ],
 )
@@ -866,15 +898,41 @@ def test_a_dataset_that_has_changed_is_refused(saes: Path, tmp_path: Path, run: 
     pd.testing.assert_frame_equal(AFAResults.load(out).tokens, before.tokens)
 
 
-@pytest.mark.parametrize("file", ["results.json", "tokens.parquet", "sequences.parquet"])
+def test_a_damaged_index_is_made_again(finished: tuple[Path, list[str], Ran], run: Run) -> None:
+    out, command, before = finished
+    whole = (out / "results.json").read_bytes()
+    truncate(out / "results.json")
+    with pytest.raises(ValueError, match=r"results.json: .* Run the evaluation again"):
+        AFAResults.load(out)
+    ran = run(*command)
+    assert ran.status == 0, ran.err
+    assert loaded(ran) == []
+    assert table_in(ran) == table_in(before)
+    assert (out / "results.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("file", ["sae-afa.json", "sequences.parquet"])
 def test_damaged_results_are_named(
-    finished: tuple[Path, list[str], Ran], run: Run, file: str
+    finished: tuple[Path, list[str], Ran], saes: Path, run: Run, file: str
 ) -> None:
     out, command, _ = finished
     truncate(out / file)
-    message = run(*command).error()
+    message = run(*command, "--path", saes / "c").error()
     assert str(out) in message
     assert "elete" in message  # what to do about it
+
+
+def test_other_groups_are_added_to_what_is_there(
+    finished: tuple[Path, list[str], Ran], run: Run
+) -> None:
+    out, command, _ = finished
+    before, files = AFAResults.load(out), kept(out)
+    ran = run(*command, "--core", "--core-tokens", "256")
+    assert ran.status == 0, ran.err
+    after = AFAResults.load(out).summary
+    assert after["core_ce_loss_score"].notna().all()
+    pd.testing.assert_frame_equal(after[list(before.summary)], before.summary, check_exact=True)
+    assert files.items() <= kept(out).items()
 
 
 # --- what cannot be evaluated ---

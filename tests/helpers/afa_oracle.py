@@ -31,6 +31,8 @@ def metrics_of_tensors(z: Any, recons: Any, f_unit: Any, b: Any) -> dict[str, np
         squared_f = sum(v * v for v in active)
         norm_z, norm_f = np.sqrt(z_t @ z_t), np.sqrt(squared_f + b @ b)
         error = z_t - (r_t + b)
+        recons_t, y = r_t + b, z_t - b
+        energy, length = y @ y, np.sqrt(recons_t @ recons_t)
         pairs = sum(active) ** 2 - squared_f
         rows.append(
             {
@@ -43,6 +45,12 @@ def metrics_of_tensors(z: Any, recons: Any, f_unit: Any, b: Any) -> dict[str, np
                 "epsilon_lbo_recon": _epsilon(r_t @ r_t, squared_f, len(f_t)),
                 "interference": (r_t @ r_t - squared_f) / pairs if len(active) > 1 else np.nan,
                 "nmse": (error @ error) / (z_t @ z_t) if norm_z else np.nan,
+                "cosine": z_t @ recons_t / (norm_z * length) if norm_z * length else np.nan,
+                "l2_ratio": length / norm_z if norm_z else np.nan,
+                "share_features": squared_f / energy if energy else np.nan,
+                "share_interference": (r_t @ r_t - squared_f) / energy if energy else np.nan,
+                "share_unexplained": (error @ error) / energy if energy else np.nan,
+                "share_shrinkage": 2 * (error @ r_t) / energy if energy else np.nan,
                 "l0": len(active),
             }
         )

@@ -402,10 +402,10 @@ def test_results_are_saved_and_loaded(model, tokens, tmp_path):
     )
     assert loaded.metadata == json.loads(json.dumps(results.metadata))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "results.json", "sequences.parquet", "summary.csv", "tokens.parquet",
+        ".claims", "results", "results.json", "sae-afa.json", "sequences.parquet", "summary.csv",
     ]  # fmt: skip
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
     assert written["settings"]["seed"] == 42
     assert written["saes"]["a"]["l0_mean"] == pytest.approx(results.summary.loc["a", "l0_mean"])
     assert "L0" not in str(results)
@@ -462,10 +462,16 @@ def test_another_sae_of_the_same_name_is_refused(model, tokens, tmp_path):
         evaluate({"sae": tmp_path / "two/sae"}, model, tokens, out=out)
 
 
-def test_a_batchtopk_sae_in_training_can_be_kept(model, tokens, tmp_path):
-    cfg = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=40, k=4)  # has a buffer of no dimension
+def test_a_batchtopk_sae_is_read_as_saved_for_inference_and_not_in_training(
+    model, tokens, tmp_path
+):
+    cfg = BatchTopKTrainingSAEConfig(d_in=D_MODEL, d_sae=40, k=4)
     sae = uneven(BatchTopKTrainingSAE(cfg), "blocks.1.hook_resid_pre")
-    assert len(evaluate({"sae": sae}, model, tokens, out=tmp_path).tokens) == 99
+    results = evaluate({"sae": sae, "good": standard()}, model, tokens)
+    assert "'batchtopk' encodes whole batches" in results.metadata["refused"]["sae"]
+    sae.save_inference_model(tmp_path / "sae")
+    saved = evaluate({"sae": tmp_path / "sae"}, model, tokens).summary.loc["sae"]
+    assert (saved["architecture"], saved["trained_as"]) == ("jumprelu", "batchtopk")
 
 
 def test_tiny_values_are_kept_to_the_last_digit(model, tokens, tmp_path):
@@ -561,25 +567,55 @@ def test_a_model_by_name_stands_in_for_the_one_in_the_metadata():
     assert len(results.summary) == 2
 
 
+def the_part(folder, name):
+    (part,) = (folder / "results").glob(f"a-*.afa.*/{name}")
+    return part
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "results.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "results.json").write_text("{"), "cannot be read: results.json: Expecting"),
+        (lambda f: (f / "results.json").write_text("[]"), "cannot be read: results.json"),
         (
-            lambda f: (f / "results.json").write_text('{"schema_version": 99}'),
-            "schema_version is 99",
+            lambda f: (f / "sae-afa.json").write_text('{"schema_version": 9, "settings": {}}'),
+            "schema_version is 9, this version of sae-afa-plugin reads 2",
         ),
-        (lambda f: (f / "tokens.parquet").write_bytes(b"PAR1"), "cannot be read"),
-        (lambda f: (f / "summary.csv").unlink(), "cannot be read"),
-        (lambda f: (f / "results.json").unlink(), "has no results.json"),
+        (lambda f: (f / "sae-afa.json").write_text("{"), "sae-afa.json' is damaged"),
+        (lambda f: (f / "sae-afa.json").unlink(), "holds no results: it has no sae-afa.json"),
+        (
+            lambda f: the_part(f, "tokens.parquet").write_bytes(b"PAR1"),
+            "tokens.parquet: it is not the file that was written. Delete that folder",
+        ),
+        (lambda f: the_part(f, "tokens.parquet").unlink(), "tokens.parquet is missing"),
+        (lambda f: the_part(f, "result.json").write_text("{}"), "results.json: a-.* is damaged"),
+        (lambda f: (f / "sequences.parquet").write_bytes(b"PAR1"), "sequences.parquet: "),
+        (lambda f: (f / "results.json").unlink(), "was not finished, run it again to continue"),
     ],
 )
 def test_damaged_results_are_one_sentence(model, tokens, tmp_path, damage, message):
     evaluate({"a": standard()}, model, tokens, out=tmp_path)
     damage(tmp_path)
+
+    def read():
+        results = AFAResults.load(tmp_path)
+        return results.sequences, results.tokens
+
     with pytest.raises(ValueError, match=message) as error:
-        AFAResults.load(tmp_path)
+        read()
     assert str(tmp_path) in str(error.value)
+
+
+def test_results_of_version_0_1_are_refused(model, tokens, tmp_path):
+    (tmp_path / "results.json").write_text('{"schema_version": 1}')
+    (tmp_path / "tokens.parquet").write_bytes(b"PAR1")
+    for act in (
+        lambda: AFAResults.load(tmp_path),
+        lambda: evaluate({"a": standard()}, model, tokens, out=tmp_path),
+    ):
+        with pytest.raises(ValueError, match=r"holds results of version 0\.1, which this version"):
+            act()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_top_afa_sae_is_neither_over_nor_under_activated():

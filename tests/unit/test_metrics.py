@@ -16,6 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sae_afa_plugin import metrics
+from sae_afa_plugin.groups.afa import SHARES
 from sae_afa_plugin.metrics import (
     AFATokenMetrics,
     TokenColumns,
@@ -64,6 +65,12 @@ TOKENS = {
             "epsilon_lbo_recon": NAN,
             "interference": NAN,
             "nmse": 18 / 49,
+            "cosine": 20 / 21,  # (2, 3, 6) and the bias
+            "l2_ratio": 3 / 7,
+            "share_features": 0,
+            "share_interference": 0,
+            "share_unexplained": 1,
+            "share_shrinkage": 0,
             "l0": 0,
         },
     ),
@@ -80,6 +87,12 @@ TOKENS = {
             "epsilon_lbo_recon": 0,  # 16 - 16
             "interference": NAN,
             "nmse": 8 / 81,  # (0, 2, 2)
+            "cosine": 57 / (9 * 41**0.5),  # (1, 4, 8) and (1, 2, 6)
+            "l2_ratio": 41**0.5 / 9,
+            "share_features": 16 / 40,
+            "share_interference": 0,
+            "share_unexplained": 8 / 40,
+            "share_shrinkage": 16 / 40,  # 2 (0, 2, 2) . (0, 0, 4)
             "l0": 1,
         },
     ),
@@ -96,6 +109,12 @@ TOKENS = {
             "epsilon_lbo_recon": (45 - 29) / (3 * 29),
             "interference": 4 / 5,  # 16 / (7^2 - 29)
             "nmse": 24 / 36,  # (-2, -4, 2)
+            "cosine": 48 / (6 * 84**0.5),  # (2, 4, 4) and (4, 8, 2)
+            "l2_ratio": 84**0.5 / 6,
+            "share_features": 29 / 9,
+            "share_interference": 16 / 9,
+            "share_unexplained": 24 / 9,
+            "share_shrinkage": -60 / 9,  # 2 (-2, -4, 2) . (3, 6, 0)
             "l0": 2,
         },
     ),
@@ -112,6 +131,12 @@ TOKENS = {
             "epsilon_lbo_recon": (29 - 13) / (3 * 29),
             "interference": -4 / 5,  # -16 / (7^2 - 29)
             "nmse": 0,
+            "cosine": 1,
+            "l2_ratio": 1,
+            "share_features": 29 / 13,
+            "share_interference": -16 / 13,
+            "share_unexplained": 0,
+            "share_shrinkage": 0,
             "l0": 2,
         },
     ),
@@ -129,6 +154,12 @@ TOKENS = {
             # 2 (10 * 5 * -12/25 + 3 * 5 * -4/5) / (18^2 - 134)
             "interference": -72 / 190,
             "nmse": 6 / 81,  # (-1, -1, 2)
+            "cosine": 87 / (9 * 99**0.5),  # (6, 6, 3) and (7, 7, 1)
+            "l2_ratio": 99**0.5 / 9,
+            "share_features": 134 / 42,
+            "share_interference": -72 / 42,
+            "share_unexplained": 6 / 42,
+            "share_shrinkage": -26 / 42,  # 2 (-1, -1, 2) . (6, 5, -1)
             "l0": 3,
         },
     ),
@@ -143,6 +174,32 @@ def test_the_values_by_hand(token, dtype):
     got = {name: tensor.item() for name, tensor in read(z, f, W_dec, b)._asdict().items()}
     assert got == pytest.approx(expected, rel=1e-6, abs=1e-6, nan_ok=True)
     assert isinstance(got["over_activated"], bool)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 6),
+    st.floats(0.1, 3),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_the_energy_budget_adds_up_to_one(seed, d, scale, dtype):
+    rng = torch.Generator().manual_seed(seed)
+    z, W_dec = torch.randn(20, d, generator=rng), torch.randn(9, d, generator=rng)
+    f = torch.randn(20, 9, generator=rng).clamp(min=0) * scale
+    m = read(*(t.to(dtype) for t in (z, f, W_dec, torch.randn(d, generator=rng))))
+    shares = torch.stack([getattr(m, name).double() for name in SHARES])
+    # each is rounded to the dtype, and they may be large and of opposite signs
+    slack = 8 * torch.finfo(dtype).eps * (1 + shares.abs().sum(0))
+    if dtype == torch.float32:  # the reconstruction was rounded before
+        slack *= 20
+    assert ((shares.sum(0) - 1).abs() <= slack).all()
+
+
+def test_a_token_at_the_bias_has_no_budget():
+    z = torch.tensor([[1.0, 2.0]])
+    m = token_metrics(z, torch.zeros(1, 2), torch.zeros(1, 3), z[0])
+    assert all(getattr(m, name).isnan().all() for name in SHARES)
+    assert m.cosine.item() == pytest.approx(1)
 
 
 def test_without_bias_a_token_without_features_forces_nothing():
@@ -486,6 +543,12 @@ TABLE = pd.DataFrame(
         "epsilon_lbo_recon": [NAN, 0.0, 0.1, 0.3, 0.2],
         "interference": [NAN, NAN, 0.5, -0.25, NAN],
         "nmse": [0.1, 0.4, NAN, 0.2, 0.8],
+        "cosine": [0.5, 1.0, NAN, 0.25, 0.0],
+        "l2_ratio": [0.5, 1.0, NAN, 0.5, 2.0],
+        "share_features": [0.0, 1.0, 4.0, 0.25, 0.5],
+        "share_interference": [0.0, 0.5, -3.0, 0.25, 0.0],
+        "share_unexplained": [1.0, 0.0, 0.5, 0.25, 0.25],
+        "share_shrinkage": [0.0, -0.5, -0.5, 0.25, 0.25],
         "l0": [0, 1, 2, 3, 9],
     }
 )
@@ -516,6 +579,10 @@ def test_the_summary_by_hand():
         "norm_ratio_mean": 7.25 / 4,
         "norm_ratio_median": 1.375,
         "norm_ratio_undefined": 1,
+        "share_unexplained_mean": 0.4,
+        # reconstructions of norm 1, 3, 2, 2 at inputs of 2, 3, 4, 1:
+        # (1 + 9 + 4 + 4) / (0.5 * 1 * 2 + 3 * 3 + 0.25 * 2 * 4 + 0)
+        "relative_reconstruction_bias": 18 / 12,
         "l0_mean": 3,
         "l0_median": 2,
         "l0_q95": 7.8,  # of 0, 1, 2, 3, 9 at 3.8
@@ -528,6 +595,7 @@ def test_the_summary_names_every_quantity():
     assert set(summarize(TABLE)) == {
         "over_activated",
         "over_activated_centered",
+        "relative_reconstruction_bias",
         *(f"{name}_{what}" for name in quantities for what in ("mean", *CUTS)),
         *(f"{name}_undefined" for name in ("interference", "epsilon_lbo", "norm_ratio")),
     }

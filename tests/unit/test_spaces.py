@@ -27,13 +27,33 @@ from sae_afa_plugin import (
     TopAFATrainingSAE,
     TopAFATrainingSAEConfig,
 )
-from sae_afa_plugin.spaces import AFAReader, afa_token_metrics, why_not
+from sae_afa_plugin.spaces import afa_token_metrics, linear_code, why_not
 
 
 @pytest.fixture(params=[-1.0, 1.0], ids=["dense", "sparse"], autouse=True)
 def both_paths(request, monkeypatch):
     """Every test reads the metric from the whole matrix, and from its active features alone."""
     monkeypatch.setattr("sae_afa_plugin.spaces._SPARSE_BELOW", request.param)
+
+
+class Reader:
+    """The metric of an SAE on batches of any shape, and which features have fired in them."""
+
+    def __init__(self, sae):
+        self.sae, self.code = sae, linear_code(sae)
+        self.fired = torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
+
+    def __call__(self, x, x_out=None):
+        metrics = afa_token_metrics(self.sae, x, x_out)
+        n_last = 2 if x.ndim > 2 and x.shape[-1] != self.code.d_in else 1
+        flat = [
+            None if t is None else t.reshape(-1, *t.shape[x.ndim - n_last :]) for t in (x, x_out)
+        ]
+        self.fired |= self.code.read(*flat).fired > 0
+        return metrics
+
+    def check_decoder(self, x):
+        self.code.check(x, f"architecture {self.sae.cfg.architecture()!r}")
 
 
 D_IN, D_OUT, D_SAE, HEADS = 12, 9, 40, 3
@@ -218,6 +238,10 @@ class Family:
         return sae
 
     @property
+    def encodes_batches(self):
+        return "BatchTopKTraining" in self.name
+
+    @property
     def transcodes(self):
         return "Transcoder" in self.name
 
@@ -348,7 +372,7 @@ def test_a_family_on_disk_is_read_as_it_is_defined(family, dtype, tmp_path):
     if not family.transcodes:
         x_out = None
     expected = expected_metrics(weights_of(original), original.cfg, family.features, x, x_out)
-    got = AFAReader(through_disk(original, tmp_path))(x, x_out)
+    got = Reader(through_disk(original, tmp_path))(x, x_out)
     assert got.norm_f.dtype == getattr(torch, dtype)
     assert_agrees(got, expected, **TOLERANCES[dtype])
 
@@ -359,7 +383,7 @@ def test_a_family_in_training_is_read_as_it_is_defined(family, dtype):
     sae = family.make(dtype)
     x, _ = tokens(dtype)
     expected = expected_metrics(weights_of(sae), sae.cfg, family.features, x)
-    got = AFAReader(sae)(x)
+    got = Reader(sae)(x)
     assert_agrees(got, expected, **TOLERANCES[dtype])
     assert not any(tensor.requires_grad for tensor in got)
 
@@ -371,8 +395,15 @@ def test_a_family_in_training_is_read_as_it_is_defined(family, dtype):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_decoder_of_every_family_is_linear(family, dtype):
-    sae = family.make(dtype)
-    AFAReader(sae).check_decoder(tokens(n=8)[0])
+    reader = Reader(family.make(dtype))
+    if family.encodes_batches:
+        assert not reader.code.per_token
+        reader.code.per_token = True  # so that it is found out, as of a class that is not known
+        with pytest.raises(ValueError, match=r"'.*batchtopk' encodes whole batches: how many"):
+            reader.check_decoder(tokens(n=8)[0])
+    else:
+        assert reader.code.per_token
+        reader.check_decoder(tokens(n=8)[0])
 
 
 def test_no_family_is_left_out():
@@ -386,19 +417,19 @@ def test_any_leading_shape(sparse):
     fields = {"k": 5, "use_sparse_activations": sparse}
     sae = Family("TopKTrainingSAE", topk, fields).make()
     x, _ = tokens()
-    flat = AFAReader(sae)(x)
-    nested = AFAReader(sae)(x.view(2, 5, 3, D_IN))
+    flat = Reader(sae)(x)
+    nested = Reader(sae)(x.view(2, 5, 3, D_IN))
     assert nested.l0.shape == (2, 5, 3)
     assert_agrees(nested, flat._asdict(), **TOLERANCES["float32"])
 
 
 def test_a_single_token_has_no_leading_shape():
-    reader = AFAReader(ON_DISK["standard"].make())
+    reader = Reader(ON_DISK["standard"].make())
     x, _ = tokens()
     one = reader(x[3])
     assert one.norm_z.shape == ()
     fired = reader.fired.clone()
-    expected = AFAReader(reader.sae)
+    expected = Reader(reader.sae)
     assert_agrees(one, expected(x[3:4])._asdict(), **TOLERANCES["float32"])
     assert torch.equal(fired, expected.fired)
 
@@ -423,12 +454,12 @@ def test_a_folded_norm_scaling_compares_norms_at_the_hook(name, tmp_path):
     family, factor = ON_DISK[name], 0.07
     original = family.make("float64", normalize_activations="expected_average_only_in")
     x, _ = tokens("float64")
-    before = AFAReader(original)(factor * (x / factor))._asdict()
+    before = Reader(original)(factor * (x / factor))._asdict()
     sae = through_disk(original, tmp_path)
     sae.fold_activation_norm_scaling_factor(factor)
     # tied weights cannot grow: there the features do
     assert (sae.W_dec.norm(dim=-1).min() > 3) == (name != "matching pursuit")
-    after = AFAReader(sae)(x / factor)
+    after = Reader(sae)(x / factor)
     for norm in NORMS:
         before[norm] = before[norm] / factor
     assert_agrees(after, before, **TOLERANCES["float64"])
@@ -454,10 +485,10 @@ def test_folding_decoder_norms_changes_nothing(name, tmp_path):
     x, x_out = tokens("float64")
     sae = through_disk(family.make("float64"), tmp_path)
     x_out = x_out if family.transcodes else None
-    before = AFAReader(sae)(x, x_out)
+    before = Reader(sae)(x, x_out)
     sae.fold_W_dec_norm()
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(D_SAE, dtype=torch.float64))
-    assert_agrees(AFAReader(sae)(x, x_out), before._asdict(), **TOLERANCES["float64"])
+    assert_agrees(Reader(sae)(x, x_out), before._asdict(), **TOLERANCES["float64"])
     assert before.l0.max() > 1
 
 
@@ -478,11 +509,11 @@ def test_heads_are_read_whether_flattened_or_not(name, reshape, heads, tmp_path)
     weights, sae = attention_sae(family, reshape, tmp_path)
     x, _ = tokens()
     given = x.view(-1, HEADS, D_IN // HEADS) if heads else x
-    got = AFAReader(sae)(given)
+    got = Reader(sae)(given)
     assert got.norm_z.shape == (30,)
     expected = expected_metrics(weights, sae.cfg, family.features, x)
     assert_agrees(got, expected, **TOLERANCES["float32"])
-    sequences = AFAReader(sae)(given.unflatten(0, (5, 6)))
+    sequences = Reader(sae)(given.unflatten(0, (5, 6)))
     assert sequences.norm_z.shape == (5, 6)
     assert_agrees(sequences, expected, **TOLERANCES["float32"])
 
@@ -494,7 +525,7 @@ def test_the_decoder_of_an_attention_sae_is_linear(name, used_before, tmp_path):
     x = tokens()[0].view(-1, HEADS, D_IN // HEADS)
     if used_before:
         sae(x)
-    AFAReader(sae).check_decoder(x)
+    Reader(sae).check_decoder(x)
 
 
 @pytest.mark.parametrize("used_before", [True, False])
@@ -508,7 +539,7 @@ def test_the_sae_reshapes_as_before_when_it_has_been_read(reshape, used_before, 
     if used_before:
         sae(for_sae)
     before = (sae.reshape_fn_in, sae.reshape_fn_out, sae.hook_z_reshaping_mode)
-    reader = AFAReader(sae)
+    reader = Reader(sae)
     if read == "metric":
         reader(x)
     elif read == "check_decoder":
@@ -566,7 +597,7 @@ def test_a_config_from_before_saelens_6(name, fields, tmp_path):
     if "hook_z" in sae.cfg.metadata.hook_name:
         assert sae.cfg.reshape_activations == "hook_z"
         x = x.view(-1, HEADS, D_IN // HEADS)
-    assert_agrees(AFAReader(sae)(x), expected, **TOLERANCES["float32"])
+    assert_agrees(Reader(sae)(x), expected, **TOLERANCES["float32"])
 
 
 @pytest.mark.parametrize("on_unit_rows", [False, True])
@@ -584,7 +615,7 @@ def test_a_bf16_sae_is_summed_in_float32(on_unit_rows, tmp_path):
         W_dec = W_dec / W_dec.norm(dim=-1, keepdim=True)
     f = pre.relu()
     expected = metrics_of_dictionary(x.bfloat16(), f, W_dec, original.b_dec)
-    got = AFAReader(sae)(x)
+    got = Reader(sae)(x)
     assert got.norm_f.dtype == got.interference.dtype == torch.float32
     assert_agrees(got, expected, **TOLERANCES["float32"])
 
@@ -596,7 +627,7 @@ def test_bf16_activations_of_the_model_meet_a_float32_sae(name):
     x, x_out = tokens("bfloat16")
     x_out = x_out if family.transcodes else None
     expected = expected_metrics(weights_of(sae), sae.cfg, family.features, x, x_out)
-    assert_agrees(AFAReader(sae)(x, x_out), expected, **TOLERANCES["float32"])
+    assert_agrees(Reader(sae)(x, x_out), expected, **TOLERANCES["float32"])
 
 
 # --- what the reader keeps and leaves ---
@@ -604,7 +635,7 @@ def test_bf16_activations_of_the_model_meet_a_float32_sae(name):
 
 def test_fired_are_the_features_of_any_batch():
     sae = ON_DISK["abstopk"].make()
-    reader = AFAReader(sae)
+    reader = Reader(sae)
     assert reader.fired.tolist() == [False] * D_SAE
     active = torch.zeros(D_SAE, dtype=torch.bool)
     for x in (tokens(n=2)[0], tokens(n=3, seed=2)[0].view(3, 1, D_IN), tokens(n=1, seed=3)[0]):
@@ -614,7 +645,7 @@ def test_fired_are_the_features_of_any_batch():
         reader(x)
         assert torch.equal(reader.fired, active)
     assert 5 < active.sum() < D_SAE
-    assert not AFAReader(sae).fired.any()
+    assert not Reader(sae).fired.any()
 
 
 def test_features_without_a_direction_count_and_do_not_interfere():
@@ -624,7 +655,7 @@ def test_features_without_a_direction_count_and_do_not_interfere():
         sae.W_dec[2:] = 0
         sae.b_enc[2:] += 1
     x, _ = tokens(n=200)
-    got = AFAReader(sae)(x)
+    got = Reader(sae)(x)
     expected = expected_metrics(weights_of(sae), sae.cfg, relu, x)
     assert (got.l0 > 2).all()
     assert_agrees(got, expected, **TOLERANCES["float32"])
@@ -634,11 +665,15 @@ def test_reading_changes_neither_weights_nor_config():
     for family in ON_DISK.values():
         sae = family.make()
         x, x_out = tokens()
-        weights, cfg = weights_of(sae), sae.cfg.to_dict()
-        reader = AFAReader(sae)
+        weights, cfg, attributes = weights_of(sae), sae.cfg.to_dict(), dict(vars(sae))
+        reader = Reader(sae)
         reader(x, x_out if family.transcodes else None)
-        reader.check_decoder(x)
+        if not family.encodes_batches:
+            reader.check_decoder(x)
         assert sae.cfg.to_dict() == cfg
+        # normalisations put what they subtract on the SAE
+        assert vars(sae).keys() == attributes.keys()
+        assert all(vars(sae)[name] is value for name, value in attributes.items())
         assert all(torch.equal(w, weights[name]) for name, w in weights_of(sae).items())
 
 
@@ -656,7 +691,7 @@ def test_no_hook_is_left_after_check_decoder(with_another):
     if with_another:
         sae.hook_sae_recons.add_hook(lambda recons, hook: seen.append(recons))
     before = hook_points(sae)
-    AFAReader(sae).check_decoder(tokens()[0])
+    Reader(sae).check_decoder(tokens()[0])
     assert hook_points(sae) == before
     seen.clear()
     sae(tokens()[0])
@@ -679,16 +714,16 @@ def test_a_foreign_decoder_is_refused_and_the_sae_left_clean(how, error, message
     sae = Family("ForeignSAE", relu, {"how": how}).make()
     before = (hook_points(sae), sae.reshape_fn_in, sae.reshape_fn_out)
     with pytest.raises(error, match=message):
-        AFAReader(sae).check_decoder(tokens(n=8)[0])
+        Reader(sae).check_decoder(tokens(n=8)[0])
     assert (hook_points(sae), sae.reshape_fn_in, sae.reshape_fn_out) == before
 
 
 def test_a_token_that_is_not_finite_says_nothing_of_the_decoder():
     x = tokens(n=8)[0]
     x[2, 3] = torch.nan
-    AFAReader(ON_DISK["standard"].make()).check_decoder(x)
+    Reader(ON_DISK["standard"].make()).check_decoder(x)
     with pytest.raises(ValueError, match="architecture 'foreign' is not supported"):
-        AFAReader(Family("ForeignSAE", relu).make()).check_decoder(x)
+        Reader(Family("ForeignSAE", relu).make()).check_decoder(x)
 
 
 def test_temporal_is_refused_by_name():
@@ -706,7 +741,7 @@ def test_one_call_reads_what_the_reader_reads(name):
     x, x_out = tokens()
     x_out = x_out if family.transcodes else None
     got = afa_token_metrics(sae, x, x_out)
-    assert_agrees(got, AFAReader(sae)(x, x_out)._asdict(), rtol=0, atol=0)
+    assert_agrees(got, Reader(sae)(x, x_out)._asdict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -745,7 +780,7 @@ def test_nothing_speaks_against_the_other_families(name):
 
 @pytest.mark.parametrize("shape", [(5, D_IN + 1), (5, HEADS, 5), (D_IN, 5), (HEADS, 4)])
 def test_another_width_is_refused(shape):
-    reader = AFAReader(ON_DISK["standard"].make())
+    reader = Reader(ON_DISK["standard"].make())
     message = (
         rf"this SAE reads activations of width {D_IN}, but they have shape \({shape[0]}, .*: use "
         "the hook it was made for"
@@ -758,7 +793,7 @@ def test_another_width_is_refused(shape):
 
 
 def test_a_transcoder_needs_both_hooks():
-    reader = AFAReader(ON_DISK["transcoder"].make())
+    reader = Reader(ON_DISK["transcoder"].make())
     x, x_out = tokens()
     with pytest.raises(ValueError, match="reconstruct the activation at its output hook: pass it"):
         reader(x)

@@ -1,0 +1,52 @@
+"""Files that are complete or not there, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file so that it is complete or not there, whatever happens.
+
+    Args:
+        path: The file.
+        write: Writes to the path that it is given.
+
+    Raises:
+        OSError: If that fails, with what to do.
+    """
+    partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise os_error(path, error) from error
+        raise
+
+
+class NotWrittenError(OSError):
+    """A file could not be written: the disk is full, say, or the folder is not ours."""
+
+
+def os_error(path: Path, error: OSError) -> NotWrittenError:
+    """An error of the system, with what to do."""
+    return NotWrittenError(
+        f"{path.name} could not be written in {str(path.parent)!r} ({error.strerror or error}): "
+        "nothing that was finished is lost, mend this and run the same again"
+    )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, as :func:`write_whole` does."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))

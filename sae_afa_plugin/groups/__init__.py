@@ -1,0 +1,27 @@
+"""Groups of metrics, one file each: what is measured of an SAE on given activations."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator
+from importlib import import_module
+
+from sae_afa_plugin.groups.base import Column, MetricGroup
+
+
+def known_groups() -> dict[str, type[MetricGroup]]:
+    """Every group by its name: those in this package, found by their files.
+
+    Example:
+        >>> sorted(known_groups())
+        ['afa', 'coherence', 'core', 'frequencies']
+    """
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")
+    return {group.name: group for group in MetricGroup.__subclasses__()}
+
+
+def shown_columns() -> Iterator[Column]:
+    """The columns of all groups, as people are shown them."""
+    for group in known_groups().values():
+        yield from group.columns

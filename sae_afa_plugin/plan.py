@@ -1,0 +1,177 @@
+"""What an evaluation is to do: its options, which SAEs it can read, which tokens follow from them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sae_afa_plugin.activations.tokens import PROTOCOLS, AnyDataset, Protocol, with_default_text
+from sae_afa_plugin.groups.afa import AFA
+from sae_afa_plugin.groups.base import MetricGroup
+from sae_afa_plugin.groups.coherence import Coherence
+from sae_afa_plugin.groups.core import Core
+from sae_afa_plugin.groups.frequencies import Frequencies
+from sae_afa_plugin.options import flag
+from sae_afa_plugin.sources import SAESource
+
+
+def _bytes_of_gib(text: str) -> int:
+    try:
+        return int(float(text) * 2**30)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"must be a number of GiB: got {text!r}") from None
+
+
+def _gib_of_bytes(value: int) -> str:
+    return repr(value / 2**30)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How SAEs are evaluated, beside which tokens.
+
+    Args:
+        batch_size_prompts: Sequences in one forward pass of the language model.
+        memory_budget: Memory for the activations, in bytes (in GiB on the command line); beyond
+            it a temporary file is used.
+        device: For the model and the SAEs; without it, a GPU if there is one.
+        dtype: SAEs are loaded in this dtype. Objects stay as they are.
+        coherence: Whether to compute the coherence of each dictionary, ``d_sae^2 d_in``
+            multiplications.
+        core: Whether to add SAELens's own metrics (CE and KL recovered, explained variance, L0)
+            as ``core_...``: three more passes of the model for each SAE.
+        core_tokens: Tokens for these.
+        progress: Whether to show bars and what has been loaded.
+    """
+
+    batch_size_prompts: int = 16
+    memory_budget: int = field(
+        default=1 << 30,
+        metadata=flag("--memory", "GIB", parse=_bytes_of_gib, write=_gib_of_bytes),
+    )
+    device: str | None = None
+    dtype: str = "float32"
+    coherence: bool = True
+    core: bool = False
+    core_tokens: int = 8192
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size_prompts", "memory_budget", "core_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.device is not None:
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+                raise ValueError(f"device {self.device!r} cannot be used ({error})") from error
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bars."""
+        if self.progress:
+            tqdm.write(line)
+
+    def groups(self) -> list[MetricGroup]:
+        """The groups of metrics that these options ask for."""
+        found: list[MetricGroup] = [AFA(), Frequencies()]
+        if self.coherence:
+            found.append(Coherence())
+        if self.core:
+            found.append(Core(self.core_tokens, self.batch_size_prompts))
+        return found
+
+
+def sorted_options(protocol: Any, given: Mapping[str, Any]) -> tuple[Protocol, Evaluation]:
+    """Sort the options into those about tokens and those about the evaluation."""
+    if isinstance(protocol, str):
+        if protocol not in PROTOCOLS:
+            raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}: got {protocol!r}")
+        protocol = PROTOCOLS[protocol]
+    known = {cls: [f.name for f in dataclass_fields(cls)] for cls in (Protocol, Evaluation)}
+    for name in given:
+        if name not in known[Protocol] + known[Evaluation]:
+            near = get_close_matches(name, known[Protocol] + known[Evaluation], n=2)
+            hint = f": did you mean {' or '.join(near)}?" if near else ""
+            raise ValueError(f"there is no option {name!r}{hint}")
+    return (
+        replace(protocol, **{k: v for k, v in given.items() if k in known[Protocol]}),
+        Evaluation(**{k: v for k, v in given.items() if k in known[Evaluation]}),
+    )
+
+
+def is_readable(source: SAESource, refused: dict[str, str]) -> bool:
+    """Whether an SAE can be evaluated as far as its config says; if not, the reason is kept.
+
+    Args:
+        source: The SAE.
+        refused: Reasons by name.
+    """
+    try:
+        reason = source.why_not()
+    except Exception as error:  # whatever one SAE's files contain costs only itself
+        reason = sentence(error)
+    if reason is not None:
+        refused[source.name] = reason
+    return reason is None
+
+
+def sentence(error: BaseException) -> str:
+    """An error in one line, with its kind where its text alone may say nothing."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"there is not enough memory for it ({text or type(error).__name__})"
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def none_left(refused: Mapping[str, str]) -> ValueError:
+    """That nothing can be evaluated, with the first of the reasons."""
+    name, reason = next(iter(refused.items()))
+    others = f" ({len(refused) - 1} others neither)" if len(refused) > 1 else ""
+    return ValueError(f"{name!r} cannot be evaluated{others}: {reason}")
+
+
+def as_trained(
+    which: Protocol,
+    sources: Iterable[SAESource],
+    dataset: AnyDataset | None,
+    protocol: Any,
+    given: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> tuple[Protocol, AnyDataset]:
+    """Fill in what follows from the SAEs: whether they know BOS, and how long their contexts are."""
+    metadata = [source.metadata for source in sources]
+    dataset, which = with_default_text(dataset, which, given)
+    for source in sources:
+        if source.metadata.get("dataset_path") == str(dataset):
+            say(
+                f"{source.name} was trained on {dataset}: it may have seen these tokens, which "
+                "flatters its error"
+            )
+    if which.prepend_bos is None:
+        known = {data["prepend_bos"] for data in metadata if data.get("prepend_bos") is not None}
+        if len(known) > 1:
+            raise ValueError(
+                "some of the SAEs were trained with BOS and some without: evaluate them one after "
+                "the other, or pass prepend_bos (--bos or --no-bos)"
+            )
+        which = replace(which, prepend_bos=known.pop() if known else True)
+    if "context_size" in given:
+        return which, dataset
+    if isinstance(dataset, Tensor):
+        size = min(which.context_size, dataset.shape[-1])
+        return replace(which, context_size=size), dataset
+    shortest = min(
+        (data["context_size"] for data in metadata if data.get("context_size")), default=0
+    )
+    if protocol == "default" and 0 < shortest < which.context_size:
+        say(f"context_size is {shortest}: an SAE was trained with no more")
+        which = replace(which, context_size=shortest)
+    return which, dataset

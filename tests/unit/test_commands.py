@@ -1,0 +1,62 @@
+"""The command line as options, and options as the command line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_afa_plugin import cli
+from sae_afa_plugin.activations.language_model import Reading
+from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
+from sae_afa_plugin.commands import evaluation_given, option_arguments
+from sae_afa_plugin.evaluation import Evaluation
+from sae_afa_plugin.options import options_of
+
+# one strategy for each option there is: a new option without one fails below
+VALUES = {
+    "model": st.text("abc/-= '\"", min_size=1),
+    "dataset": st.text("abc/-= '$", min_size=1),
+    "dataset_config": st.none() | st.text("abc-", min_size=1),
+    "split": st.text("abc[:]%-", min_size=1),
+    "n_tokens": st.integers(1),
+    "context_size": st.integers(1),
+    "prepend_bos": st.none() | st.booleans(),
+    "positions": st.sampled_from(["all", "last"]),
+    "concatenate": st.booleans(),
+    "exclude_special_tokens": st.booleans() | st.lists(st.integers(0)).map(tuple),
+    "subset": st.none() | st.text("abc '-", min_size=1),
+    "shuffle": st.booleans(),
+    "seed": st.integers(),
+    "batch_size_prompts": st.integers(1),
+    "memory_budget": st.integers(1, 1 << 50),
+    "device": st.none() | st.sampled_from(["cpu", "meta"]),
+    "dtype": st.sampled_from(["float32", "bfloat16"]),
+    "coherence": st.booleans(),
+    "core": st.booleans(),
+    "core_tokens": st.integers(1),
+    "progress": st.booleans(),
+}
+
+
+@given(st.fixed_dictionaries(VALUES))
+def test_settings_to_command_to_settings_is_the_identity(options):
+    arguments = option_arguments({"options": json.loads(json.dumps(options))})
+    args = cli._parser().parse_args(["evaluate", "release", *arguments])
+    given = evaluation_given(args)
+    protocol = asdict(PROTOCOLS[given.pop("protocol", "default")])
+    defaults = {**asdict(Reading()), **asdict(Evaluation()), **protocol}
+    assert {**defaults, **given} == options
+
+
+def test_every_option_has_its_values_above():
+    fields = [f.name for cls in (Reading, Protocol, Evaluation) for f in dataclass_fields(cls)]
+    assert sorted(VALUES) == sorted(fields)
+    explained = cli._parser()._subparsers._group_actions[0].choices["evaluate"].format_help()
+    for cls in (Reading, Protocol, Evaluation):
+        for option in options_of(cls):
+            assert len(option.meaning) > 10, option.field.name
+            assert option.name in explained
