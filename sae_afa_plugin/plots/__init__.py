@@ -7,53 +7,64 @@ points are drawn as densities and rasterised, so that a PDF stays small.
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from sae_afa_plugin.plots.coherence import coherence_plot
+from sae_afa_plugin.plots.energy import energy_plot
 from sae_afa_plugin.plots.frontier import frontier_plot
 from sae_afa_plugin.plots.l0 import l0_plot
-from sae_afa_plugin.plots.style import colours, groups, is_constant, merged
+from sae_afa_plugin.plots.style import (
+    PICTURES,
+    Picture,
+    colours,
+    groups,
+    is_constant,
+    merged,
+    picture,
+)
 from sae_afa_plugin.plots.violin import violin_plot
 from sae_afa_plugin.plots.zf import BANDS, band, zf_plot
 from sae_afa_plugin.results import AFAResults
 
 __all__ = [
     "BANDS",
-    "FIGURES",
+    "PICTURES",
+    "Picture",
     "band",
     "coherence_plot",
     "colours",
     "drawable",
+    "energy_plot",
     "frontier_plot",
     "groups",
     "is_constant",
     "l0_plot",
     "merged",
+    "picture",
+    "pictures",
     "save_plots",
     "violin_plot",
     "zf_plot",
 ]
 
-FIGURES: dict[str, Callable[[AFAResults], Figure]] = {
-    "zf": zf_plot,
-    "violin": violin_plot,
-    "l0": l0_plot,
-    "coherence": coherence_plot,
-    "frontier": frontier_plot,
-}
+for _module in pkgutil.iter_modules(__path__):  # a picture is a file here, and nothing else
+    import_module(f"{__name__}.{_module.name}")
 
 
-def drawable(results: AFAResults) -> dict[str, Callable[[AFAResults], Figure]]:
-    """The figures that these results have the data for, by name."""
-    found = dict(FIGURES)
-    if "max_abs_cos" not in results.summary:
-        del found["coherence"]
-    if len(results.summary) < 2:
-        del found["frontier"]
-    return found
+def pictures(results: AFAResults) -> list[Picture]:
+    """The figures that these results have the data for, in their order."""
+    known = [one for one in PICTURES.values() if one.needs(results)]
+    return sorted(known, key=lambda one: one.place)
+
+
+def drawable(results: AFAResults) -> dict[str, Callable[..., Figure]]:
+    """The same as functions from results to a figure, by name."""
+    return {one.name: one.draw for one in pictures(results)}
 
 
 def save_plots(results: AFAResults, folder: Path) -> list[Path]:

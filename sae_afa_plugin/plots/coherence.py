@@ -18,12 +18,25 @@ from sae_afa_plugin.plots.style import (
     merged,
     names_below,
     number,
-    styled,
+    picture,
     violins,
 )
 
 
-@styled
+@picture(
+    "coherence",
+    title="Interference",
+    text="The interference of a token is the mean cosine between its active directions, "
+    "weighted by how strongly they are active. Above zero the directions lean the same "
+    "way, so the reconstruction is longer than the feature vector and the SAE looks "
+    "under-activated although it need not reconstruct badly; below zero they partly "
+    "cancel. By arithmetic no token can be beyond the coherence (the largest cosine in "
+    "the dictionary), and no dictionary of this size can have a coherence below the Welch "
+    "bound. The axis is straight around zero and logarithmic beyond. For signed features "
+    "(AbsTopK) it is no longer a mean.",
+    place=50,
+    needs=lambda results: "max_abs_cos" in results.summary,
+)
 def coherence_plot(results: Results, ax: Axes | None = None) -> Figure:
     """Interference of the active features, token by token, inside what the dictionary allows.
 

@@ -10,16 +10,25 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from sae_afa_plugin.plots.style import Results, axes_of, colours, literal, merged, styled
+from sae_afa_plugin.plots.style import Results, axes_of, colours, literal, merged, picture
 
 _MARKERS = "osD^vPX*"
+_LINES = ("-", "--", ":", "-.")
 
 
-@styled
+@picture(
+    "frontier",
+    title="Error against sparsity",
+    text="Mean NMSE against mean L0; lower left is better. Only SAEs of one hook and one kind "
+    "of normalisation compare, and differences of a few percent between single runs mean "
+    "nothing.",
+    place=60,
+    needs=lambda results: len(results.summary) > 1,
+)
 def frontier_plot(
     results: Results | pd.DataFrame, ax: Axes | None = None, ce_recovered: bool = False
 ) -> Figure:
-    """L0 against the error, one line for each architecture; lower left is better.
+    """L0 against the error, one line for each architecture and hook; lower left is better.
 
     Args:
         results: What to draw, or a table with ``architecture``, ``l0_mean`` and ``nmse_mean``
@@ -31,7 +40,7 @@ def frontier_plot(
             instead of NMSE.
 
     Raises:
-        ValueError: If a column is missing.
+        ValueError: If a column is missing, or no row has values in both.
     """
     table = results if isinstance(results, pd.DataFrame) else merged(results).summary
     column = "core_ce_loss_score" if ce_recovered else "nmse_mean"
@@ -41,44 +50,56 @@ def frontier_plot(
             f"the table has no column {', '.join(missing)}"
             + (": evaluate with core=True (--core)" if ce_recovered else "")
         )
-    figure, ax = axes_of(ax, (5.6, 4.2))
     # a BatchTopK SAE is saved as a JumpReLU one: how it was trained says more, where it is known
-    kind = table.get("trained_as", table["architecture"])
-    error = 1 - table[column] if ce_recovered else table[column]
+    kind = table["architecture"]
+    if "trained_as" in table:
+        kind = table["trained_as"].where(table["trained_as"].notna(), kind)
+    hook: Any = table["hook_name"] if "hook_name" in table else pd.Series("", table.index)
     alone = pd.Series(range(len(table)), table.index)
     points = pd.DataFrame(
         {
-            "kind": kind,
+            "kind": kind.astype(str),
+            "hook": hook.fillna("").astype(str),
             "group": table.get("group", alone),
             "l0": table["l0_mean"],
-            "error": error,
+            "error": 1 - table[column] if ce_recovered else table[column],
         }
-    )
-    colour = colours(sorted(points["kind"].unique()))
+    ).dropna(subset=["l0", "error"])
+    if points.empty:
+        raise ValueError(f"no SAE has both l0_mean and {column}: there is nothing to draw")
+    figure, ax = axes_of(ax, (5.6, 4.2))
+    several_hooks = points["hook"].nunique() > 1
+    kinds = sorted(points["kind"].unique())
+    colour = colours(kinds)
     best = (np.inf, 0.0)
-    for number, (name, of_kind) in enumerate(points.groupby("kind")):
-        runs = of_kind.groupby("group")[["l0", "error"]]
+    # errors at different hooks do not compare: no line leads from one to another
+    lines: Any = points.groupby(["kind", "hook"])
+    for (name, of_hook), of_line in lines:
+        runs = of_line.groupby("group")[["l0", "error"]]
         mean: Any = runs.mean()
         spread: Any = runs.std(ddof=1)
         order = mean["l0"].argsort().to_numpy()
         mean, spread = mean.iloc[order], spread.iloc[order]
+        hooks = sorted(points["hook"].unique())
         ax.errorbar(
             mean["l0"],
             mean["error"],
             xerr=spread["l0"].fillna(0),
             yerr=spread["error"].fillna(0),
             color=colour[str(name)],
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=_MARKERS[kinds.index(str(name)) % len(_MARKERS)],
+            ls=_LINES[hooks.index(of_hook) % len(_LINES)],
             ms=5,
             lw=1.2,
             capsize=2,
-            label=literal(str(name)),
+            label=literal(f"{name}, {of_hook}" if several_hooks else str(name)),
         )
         lowest = mean["error"].idxmin()
         best = min(best, (mean["error"][lowest], mean["l0"][lowest]))
-    ax.plot(best[1], best[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
-    ax.annotate("best", (best[1], best[0]), xytext=(0, -9), textcoords="offset points",
-                ha="center", va="top", fontsize=8)  # fmt: skip
+    if not several_hooks:
+        ax.plot(best[1], best[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
+        ax.annotate("best", (best[1], best[0]), xytext=(0, -9), textcoords="offset points",
+                    ha="center", va="top", fontsize=8)  # fmt: skip
     ax.margins(0.08, 0.12)
     ax.set(xscale="log", yscale="log", xlabel="active features (L0)")
     for axis in (ax.xaxis, ax.yaxis):
@@ -89,5 +110,8 @@ def frontier_plot(
         for label in axis.get_minorticklabels():
             label.set_fontsize(8)
     ax.set_ylabel("1 - CE recovered" if ce_recovered else "NMSE")
-    ax.legend(fontsize="small")
+    if several_hooks:
+        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    else:
+        ax.legend(fontsize="small")
     return figure

@@ -17,14 +17,22 @@ from sae_afa_plugin.plots.style import (
     legend,
     merged,
     names_below,
+    picture,
     power_ticks,
-    styled,
     trend,
     violins,
 )
 
 
-@styled
+@picture(
+    "l0",
+    title="Active features",
+    text="How many features are active, over all tokens, by the norm of the input and by "
+    "position. Lines are medians. A TopK SAE is a single line by construction; long tails "
+    "downwards mean tokens that are written with very few features, which is worth a look "
+    "at the list of under- and over-activated tokens.",
+    place=40,
+)
 def l0_plot(results: Results, ax: Sequence[Axes] | None = None) -> Figure:
     """How many features are active: over tokens, by the norm of the input, and by position.
 
@@ -47,36 +55,45 @@ def l0_plot(results: Results, ax: Sequence[Axes] | None = None) -> Figure:
         raise ValueError(f"l0_plot draws into three axes: got {len(ax)}")
     figure = ax[0].get_figure()
     assert isinstance(figure, Figure)
-    violins(
-        ax[0], {n: np.log10(g["l0"].clip(lower=1).to_numpy()) for n, g in groups(results)}, colour
-    )
+    columns = ["l0", "norm_z", "position"]
+    logs: dict[str, np.ndarray] = {}
+    shade = len(names) <= 4
+    norms: list[tuple[float, float]] = []  # the smallest and the largest of each SAE
+    positions: set[int] = set()
+    for name, group in groups(results, columns):
+        l0 = np.log10(group["l0"].clip(lower=1))
+        logs[name] = l0.to_numpy()
+        norm_z = group["norm_z"]
+        if not is_constant(norm_z.to_numpy(float)):
+            norms.append((float(norm_z.min()), float(norm_z.max())))
+            bins = pd.qcut(norm_z, 20, duplicates="drop")
+            x = norm_z.groupby(bins, observed=True).median()
+            trend(ax[1], x, l0.groupby(bins, observed=True), colour[name], shade)
+        if "position" not in group:  # samples that stand in no text
+            continue
+        positions.update(group["position"].unique())
+        if group["position"].nunique() > 1:
+            by_position = l0.groupby(group["position"])
+            trend(ax[2], by_position.mean().index.to_series(), by_position, colour[name], shade)
+    violins(ax[0], logs, colour)
     ax[0].set_ylabel("active features (L0)")
     names_below(ax[0], names)
     if len(names) > 4:  # the legend of colours says it
         ax[0].set_xticks([])
-    constant, shade = True, len(names) <= 4
-    for name, group in groups(results):
-        l0 = np.log10(group["l0"].clip(lower=1))
-        if not is_constant(group["norm_z"].to_numpy(float)):
-            constant = False
-            bins = pd.qcut(group["norm_z"], 20, duplicates="drop")
-            trend(ax[1], group["norm_z"].groupby(bins, observed=True).median(),
-                   l0.groupby(bins, observed=True), colour[name], shade)  # fmt: skip
-        if group["position"].nunique() > 1:
-            by_position = l0.groupby(group["position"])
-            trend(ax[2], by_position.mean().index.to_series(), by_position, colour[name], shade)
-    if constant:
-        ax[1].tick_params(bottom=False, labelbottom=False)
-        ax[1].text(0.5, 0.5, "‖z‖ is the same\nfor every token", ha="center", va="center",
-                   transform=ax[1].transAxes, color="0.3")  # fmt: skip
-    elif results.tokens["norm_z"].max() > 10 * max(results.tokens["norm_z"].min(), 1e-9):
+    if not norms:
+        _say(ax[1], "‖z‖ is the same\nfor every token")
+    elif max(high for _, high in norms) > 10 * max(min(low for low, _ in norms), 1e-9):
         ax[1].set_xscale("log")
-    if results.tokens["position"].nunique() == 1:
-        ax[2].tick_params(bottom=False, labelbottom=False)
-        ax[2].text(0.5, 0.5, "only one position\nwas evaluated", ha="center", va="center",
-                   transform=ax[2].transAxes, color="0.3")  # fmt: skip
+    if len(positions) < 2:
+        _say(ax[2], "only one position\nwas evaluated")
     ax[1].set_xlabel("norm of the input ‖z‖")
     ax[2].set_xlabel("position in the sequence")
     power_ticks(ax[0])
     legend(ax[2], names, colour)
     return figure
+
+
+def _say(ax: Axes, text: str) -> None:
+    """In place of a curve that cannot be drawn."""
+    ax.tick_params(bottom=False, labelbottom=False)
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="0.3")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ParamSpec, TypeAlias
 
@@ -84,22 +85,65 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     return figure, ax
 
 
-def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Draw in this package's style, whatever matplotlib is set to elsewhere."""
+@dataclass(frozen=True)
+class Picture:
+    """A figure that is drawn from the results of an evaluation.
 
-    @wraps(draw)
-    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-        with matplotlib.rc_context(_STYLE):
-            return draw(*args, **kwargs)
+    Args:
+        name: Of the figure, and of its file.
+        draw: Draws it.
+        title: Above it in the report.
+        text: Under it there: how to read it.
+        place: Figures stand in this order.
+        needs: Whether results have what it needs.
+    """
 
-    return drawn
+    name: str
+    draw: Callable[..., Figure]
+    title: str
+    text: str
+    place: int
+    needs: Callable[[AFAResults], bool]
 
 
-def groups(results: AFAResults) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The tokens of each SAE, in the order of the summary."""
-    of: Any = results.tokens.groupby("sae", observed=True)
+PICTURES: dict[str, Picture] = {}
+
+
+def picture(
+    name: str,
+    title: str,
+    text: str,
+    place: int,
+    needs: Callable[[AFAResults], bool] = lambda results: True,
+) -> Callable[[Callable[_P, Figure]], Callable[_P, Figure]]:
+    """Make a function from results to a figure one of the pictures, in this package's style.
+
+    Args:
+        name: As in :class:`Picture`, like the others.
+        title: See there.
+        text: See there.
+        place: See there.
+        needs: See there.
+    """
+
+    def registered(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+        @wraps(draw)
+        def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+            with matplotlib.rc_context(_STYLE):
+                return draw(*args, **kwargs)
+
+        PICTURES[name] = Picture(name, drawn, title, text, place, needs)
+        return drawn
+
+    return registered
+
+
+def groups(
+    results: AFAResults, columns: Sequence[str] | None = None
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tokens of one SAE after the other, in the order of the summary."""
     for name in results.summary.index:
-        yield str(name), of.get_group(name)
+        yield str(name), results.tokens_of(str(name), columns)
 
 
 def is_constant(values: np.ndarray) -> bool:

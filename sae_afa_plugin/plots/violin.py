@@ -15,13 +15,22 @@ from sae_afa_plugin.plots.style import (
     groups,
     merged,
     names_below,
+    picture,
     power_ticks,
-    styled,
     violins,
 )
 
 
-@styled
+@picture(
+    "violin",
+    title="Reconstruction error and ε LBO",
+    text="Each half violin is the distribution over tokens, the bar its median; both axes are "
+    "logarithmic. ε LBO is the least constant of quasi-orthogonality that a token forces "
+    "on the dictionary in the paper's convention. It contains reconstruction error, so it "
+    "is no lower bound on the coherence, and an SAE that was trained to match norms "
+    "(top-AFA) has a small one whether it reconstructs well or not.",
+    place=30,
+)
 def violin_plot(results: Results, ax: Axes | None = None) -> Figure:
     """NMSE (left halves) and ``epsilon_lbo`` (right halves) over the tokens of each SAE.
 

@@ -20,7 +20,7 @@ from sae_afa_plugin.plots.style import (
     legend,
     merged,
     names_below,
-    styled,
+    picture,
     violins,
 )
 
@@ -46,7 +46,13 @@ def band(e: float) -> tuple[float, float | None]:
     return (1 / (1 + e)) ** 0.5, (1 / (1 - e)) ** 0.5 if e < 1 else None
 
 
-@styled
+@picture(
+    "zf",
+    title="‖z‖ against ‖f‖",
+    text="Each dot is a token; on the line the features weigh what they should. The bands are "
+    "where a dictionary with ε (d_sae − 1) = e would keep every token.",
+    place=10,
+)
 def zf_plot(results: Results, ax: Axes | None = None, dots_up_to: int = _DOTS_UP_TO) -> Figure:
     """The ZF plot: what each token's features weigh against what they should.
 

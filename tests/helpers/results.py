@@ -83,6 +83,12 @@ def made_up_results(
             epsilon_lbo_recon=0.8 * excess / (D_SAE - 1),
             interference=0.02 * random.standard_normal(n_tokens).clip(-3, 3),
             nmse=nmse,
+            cosine=np.sqrt(1 - nmse.clip(0, 1)),
+            l2_ratio=0.95 + 0.02 * random.standard_normal(n_tokens),
+            share_features=(norm_f / norm_z) ** 2,
+            share_interference=0.9 - (norm_f / norm_z) ** 2,
+            share_unexplained=nmse,
+            share_shrinkage=0.1 - nmse,
             l0=random.poisson(20 + 5 * number, n_tokens) + 1,
         )._asdict()
         kinds: dict[str, Any] = {"over_activated": bool, "l0": np.int32}
@@ -112,6 +118,7 @@ def results_of(
             "special_tokens": 0,
             "catalogue_l0": np.nan,
             "dead_features": 3 * number,
+            "share_alive": 1 - 3 * number / D_SAE,
             **summarize(table),
         }
         if coherence:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,6 +12,7 @@ from matplotlib.figure import Figure
 
 from sae_afa_plugin import plots
 from sae_afa_plugin.metrics import summarize
+from sae_afa_plugin.report import render_report
 from sae_afa_plugin.results import AFAResults
 
 NAMES = ["first", "second", "third"]
@@ -39,6 +42,12 @@ def results_of(names=NAMES, n=400, constant=False, seed=0, l0=lambda i, n: np.fu
                 "epsilon_lbo_recon": 1e-5,
                 "interference": 0.01 * random.normal(size=n),
                 "nmse": 0.02 * (i + 1) * np.exp(0.3 * random.normal(size=n)),
+                "cosine": 0.9,
+                "l2_ratio": 0.95,
+                "share_features": (0.6 + 0.1 * i) ** 2,
+                "share_interference": 0.9 - (0.6 + 0.1 * i) ** 2,
+                "share_unexplained": 0.3,
+                "share_shrinkage": -0.2,
                 "l0": l0(i, n),
             }
         )
@@ -298,10 +307,77 @@ def test_a_column_that_is_missing_is_named():
         plots.coherence_plot(results)
 
 
+def test_the_energy_budget_is_stacked_up_to_one():
+    results = results_of()
+    (ax,) = plots.energy_plot(results).axes
+    shares = ("share_features", "share_interference", "share_unexplained", "share_shrinkage")
+    for share, bars in zip(shares, ax.containers, strict=True):
+        widths = [bar.get_width() for bar in bars]
+        np.testing.assert_allclose(widths, results.summary[f"{share}_mean"])
+    for sae in range(3):
+        bars = [container[sae] for container in ax.containers]
+        spans = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in bars)
+        spans = [tuple(sorted(span)) for span in spans]
+        # what adds stands to the right of zero without a gap, what takes away to the left
+        assert min(span[0] for span in spans) == pytest.approx(-0.2)
+        assert max(span[1] for span in spans) == pytest.approx(1.2)
+        covered = sum(end - start for start, end in spans)
+        assert covered == pytest.approx(1.4)
+    assert [text.get_text() for text in ax.get_yticklabels()] == NAMES
+    assert [line.get_xdata()[0] for line in ax.lines] == [1, 0]
+    results.summary = results.summary.drop(columns="share_features_mean")
+    assert "energy" not in plots.drawable(results)
+    with pytest.raises(ValueError, match="have no energy budget"):
+        plots.energy_plot(results)
+
+
+def test_lines_of_the_frontier_join_no_different_hooks():
+    table = frontier()
+    table["hook_name"] = ["blocks.1", "blocks.2"] * (len(table) // 2)
+    (ax,) = plots.frontier_plot(table).axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == ["topafa, blocks.2", "topk, blocks.1", "topk, blocks.2"]
+    assert not [text for text in ax.texts if text.get_text() == "best"]  # of what?
+
+
+def test_an_architecture_without_values_has_no_line():
+    table = frontier()
+    kind = table["architecture"].iloc[0]
+    table.loc[table["architecture"] == kind, "nmse_mean"] = np.nan
+    (ax,) = plots.frontier_plot(table).axes
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert labels == sorted(set(table["architecture"]) - {kind})
+    table["nmse_mean"] = np.nan
+    with pytest.raises(ValueError, match="no SAE has both l0_mean and nmse_mean: there is nothing"):
+        plots.frontier_plot(table)
+
+
+def test_figures_keep_their_signatures():
+    parameters = inspect.signature(plots.zf_plot).parameters
+    assert list(parameters) == ["results", "ax", "dots_up_to"]
+    assert parameters["dots_up_to"].default == 20_000
+
+
+def test_a_new_picture_is_drawn_wherever_the_others_are(monkeypatch, tmp_path):
+    monkeypatch.setattr(plots.style, "PICTURES", dict(plots.PICTURES))
+    monkeypatch.setattr(plots, "PICTURES", plots.style.PICTURES)
+
+    @plots.picture("mine", title="Mine", text="Read it so.", place=99)
+    def my_plot(results, ax=None):
+        """One line."""
+        figure = Figure()
+        figure.subplots().plot(results.summary["nmse_mean"])
+        return figure
+
+    assert {file.name for file in plots.save_plots(results_of(), tmp_path)} > {"mine.png"}
+    page = render_report(results_of())
+    assert page.index("<h2>Error against sparsity</h2>") < page.index("<h2>Mine</h2>")
+
+
 # --- all of them ---
 
 
-@pytest.mark.parametrize("draw", plots.FIGURES.values(), ids=plots.FIGURES)
+@pytest.mark.parametrize("draw", [one.draw for one in plots.PICTURES.values()], ids=plots.PICTURES)
 def test_drawing_into_given_axes(draw):
     figure = Figure()
     axes = figure.subplots(1, 3)
@@ -352,7 +428,9 @@ def test_colours_of_few_and_of_many():
 def test_one_sae_alone_and_every_figure_in_both_formats(tmp_path):
     written = plots.save_plots(results_of(["only"]), tmp_path / "figures")
     assert sorted(path.name for path in written) == sorted(
-        f"{name}.{kind}" for name in ("zf", "violin", "l0", "coherence") for kind in ("png", "pdf")
+        f"{name}.{kind}"
+        for name in ("zf", "energy", "violin", "l0", "coherence")
+        for kind in ("png", "pdf")
     )
     for path in written:
         start = path.read_bytes()[:5]

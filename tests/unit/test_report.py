@@ -7,8 +7,9 @@ import json
 import re
 import resource
 import shlex
-from dataclasses import replace
+from dataclasses import asdict
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,8 +18,13 @@ from helpers.results import HOSTILE, made_up_results, results_of
 from plotly.offline import get_plotlyjs
 
 from sae_afa_plugin import cli
+from sae_afa_plugin.activations.language_model import Reading
+from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
+from sae_afa_plugin.commands import evaluate_commands, evaluation_given, shell_lines
+from sae_afa_plugin.evaluation import Evaluation
 from sae_afa_plugin.metrics import AFATokenMetrics
-from sae_afa_plugin.report import render_report, reproducing_command, write_report
+from sae_afa_plugin.report import render_report, write_report
+from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.tables import shown, shown_columns
 
 NAMES = ["topk", "<b>bold</b> & co", "batch"]
@@ -94,7 +100,7 @@ def test_the_page_loads_nothing_from_elsewhere(html, page):
         for name in ("src", "srcset", "href", "data", "action")
         if name in attributes and tag != "a"
     ]
-    assert [tag for tag, _ in loaded] == ["link", "img", "img", "img", "img"]
+    assert [tag for tag, _ in loaded] == ["link", *["img"] * 5]
     assert all(address.startswith("data:") for _, address in loaded)
     assert "url(" not in page.texts("style")[0]
     assert "@import" not in page.texts("style")[0]
@@ -104,21 +110,33 @@ def test_every_figure_is_a_png(page):
     pictures = [attrs["src"] for tag, attrs, _ in page.elements if tag == "img"]
     for picture in pictures:
         assert base64.b64decode(picture.split(",")[1]).startswith(b"\x89PNG\r\n")
-    assert len(set(pictures)) == 4
+    assert len(set(pictures)) == 5
 
 
 def test_the_summary_has_the_numbers_of_every_shown_column(results, page):
     columns = shown_columns(results.summary)
     assert len(page.texts("button")) > len(columns)
     headings = [re.sub(r"\W", "", heading) for heading in page.texts("button")[1:][: len(columns)]]
-    assert headings == [re.sub(r"\W", "", heading) for heading in columns.values()]
+    assert headings == [re.sub(r"\W", "", column.heading) for column in columns]
+    explained = [attrs.get("title") for tag, attrs, _ in page.elements if tag == "button"]
+    assert explained[1:][: len(columns)] == [column.meaning for column in columns]
     expected = [
-        [name, *(shown(column, row[column]) for column in columns)]
+        [name, *(shown(column, row[column.name]) for column in columns)]
         for name, row in results.summary.iterrows()
     ]
     assert page.table(0) == expected
     values = [float(attrs["data-value"]) for _, attrs, _ in page.elements if "data-value" in attrs]
-    assert values == results.summary[list(columns)].to_numpy(float).ravel().tolist()
+    assert (
+        values
+        == results.summary[[column.name for column in columns]].to_numpy(float).ravel().tolist()
+    )
+
+
+def test_each_sae_has_its_energy_budget_as_a_sentence(results, page):
+    rows = [row for _, row in results.summary.iterrows()]
+    for name, row, sentence in zip(NAMES, rows, page.texts("li"), strict=True):
+        norm = round(100 * row["share_features_mean"] ** 0.5)
+        assert sentence.startswith(f"{name}: Features have {norm} % of the input's norm: ")
 
 
 def test_the_extremes_are_exactly_the_tokens_with_the_outermost_ratios():
@@ -195,7 +213,8 @@ def test_too_many_points_are_sampled_evenly_and_it_says_so(results):
 
 def test_refusals_settings_and_versions_are_listed(results):
     metadata = {**results.metadata, "versions": {"sae-lens": "6.99"}, "refused": {"bad": "no <W>"}}
-    page = Page(render_report(replace(results, metadata=metadata)))
+    told = AFAResults(results.summary, results.tokens, results.sequences, metadata)
+    page = Page(render_report(told))
     assert page.table(-1)[-1] == ["bad", "not evaluated: no <W>"]
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
     assert facts["sae-lens"] == "6.99"
@@ -249,89 +268,96 @@ def test_undefined_quantities_of_tokens_are_left_out():
 # --- once more ---
 
 
-def parsed(results) -> list[dict]:
-    lines = [shlex.split(line) for line in reproducing_command(results).splitlines()]
+def parsed(results):
+    """What the command understands of the commands that the report shows."""
+    lines = [shlex.split(line) for line in shell_lines(evaluate_commands(results)).splitlines()]
     assert all(line[0] == "sae-afa" for line in lines)
-    return [vars(cli._parser().parse_args(line[1:])) for line in lines]
+    return [cli._parser().parse_args(line[1:]) for line in lines]
 
 
-def of(sources: list[str], **settings):
+def of(sources: list[str], **options):
     results = made_up_results([f"sae {n}" for n in range(len(sources))], 8)
     results.summary["source"] = sources
-    results.metadata["settings"] |= settings
+    results.metadata["options"] = {
+        **asdict(Reading(dataset="user/data")),
+        **asdict(Protocol()),
+        **asdict(Evaluation()),
+        "activations": None,
+        **options,
+    }
     return results
 
 
 def test_the_command_of_a_release_evaluates_the_same_again():
-    results = of(
-        ["a-release\tblocks.1/width_16k", "a-release\tblocks.2/a b"],
-        model_argument="gpt2",
-        dataset="user/data",
-        dataset_config="en",
-        split="test",
-        n_tokens=5000,
-        context_size=64,
-        prepend_bos=False,
-        exclude_special_tokens=False,
-        core_tokens=1000,
-        seed=7,
-    )
-    [args] = parsed(results)
-    expected = {
-        "command": "evaluate",
-        "release": "a-release",
-        "sae_id": ["blocks.1/width_16k", "blocks.2/a b"],
-        "path": [],
+    options = {
         "model": "gpt2",
-        "dataset": "user/data",
+        "dataset": "-user/data",
         "dataset_config": "en",
         "split": "test",
-        "protocol": "default",
-        "tokens": 5000,
+        "n_tokens": 5000,
         "context_size": 64,
-        "seed": 7,
-        "bos": False,
-        "keep_special_tokens": True,
+        "prepend_bos": False,
+        "positions": "last",
+        "concatenate": False,
+        "exclude_special_tokens": (3, 50256),
+        "subset": "Github",
+        "shuffle": True,
+        "seed": -7,
+        "batch_size_prompts": 3,
+        "memory_budget": 12_345_678_901,
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "coherence": False,
         "core": True,
+        "core_tokens": 1000,
+        "progress": False,
     }
-    assert {key: args[key] for key in expected} == expected
+    results = of(["a-release\tblocks.1/width_16k", "a-release\tblocks.2/a b"], **options)
+    [args] = parsed(results)
+    assert (args.release, args.sae_id) == ("a-release", ["blocks.1/width_16k", "blocks.2/a b"])
+    given = evaluation_given(args)
+    defaults = asdict(PROTOCOLS[given.pop("protocol", "default")])
+    assert {**defaults, **given} == options
 
 
 def test_the_command_of_folders_names_each():
     [args] = parsed(of(["/saes/one", "/saes/with 'quotes' and $HOME"], prepend_bos=True))
-    assert args["release"] is None
-    assert args["sae_id"] is None
-    assert list(map(str, args["path"])) == ["/saes/one", "/saes/with 'quotes' and $HOME"]
-    assert args["bos"] is True
-    assert (args["model"], args["dataset"]) == (None, "YOUR_DATASET")  # it was in memory
-    assert not args["core"]
-    assert not args["keep_special_tokens"]
+    assert args.release is None
+    assert args.sae_id is None
+    assert list(map(str, args.path)) == ["/saes/one", "/saes/with 'quotes' and $HOME"]
+    assert evaluation_given(args) == {"dataset": "user/data", "prepend_bos": True}
 
 
 def test_the_command_of_the_papers_protocol_names_it():
-    [args] = parsed(of(["r\tx"], positions="last", n_tokens=1000, dataset="NeelNanda/pile-10k"))
-    assert (args["protocol"], args["tokens"]) == ("paper", 1000)
-    assert args["dataset"] == "NeelNanda/pile-10k"
+    [args] = parsed(of(["r\tx"], **asdict(PROTOCOLS["paper"])))
+    assert evaluation_given(args) == {"dataset": "user/data", "protocol": "paper"}
+
+
+def test_the_command_of_a_recording_reads_it_again():
+    [args] = parsed(of(["/saes/one"], activations="a recording", core_tokens=5))
+    assert evaluation_given(args) == {"activations": Path("a recording"), "core_tokens": 5}
 
 
 def test_what_was_in_memory_is_in_no_command():
-    [args] = parsed(of(["in memory", "/saes/one", "in memory"]))
-    assert list(map(str, args["path"])) == ["/saes/one"]
-    [args] = parsed(of(["/saes/one"], model_content="0123"))
-    assert args["model"] == "YOUR_MODEL"
+    [args] = parsed(of(["in memory", "/saes/one", "in memory"], dataset=None))
+    assert list(map(str, args.path)) == ["/saes/one"]
+    assert args.dataset == "YOUR_DATASET"
+    results = of(["/saes/one"])
+    results.metadata["settings"]["model_content"] = "0123"
+    assert parsed(results)[0].model == "YOUR_MODEL"
     results = of(["in memory"], n_tokens=99)
-    assert reproducing_command(results) == ""
+    assert evaluate_commands(results) == []
     assert "The SAEs were objects in Python" in render_report(results)
 
 
 def test_there_is_one_command_for_each_release():
     results = of(["first\tx", "/saes/one", "second\ty", "first\tz"], n_tokens=99)
     first, second = parsed(results)
-    assert (first["release"], first["sae_id"]) == ("first", ["x", "z"])
-    assert list(map(str, first["path"])) == ["/saes/one"]
-    assert (second["release"], second["sae_id"], second["path"]) == ("second", ["y"], [])
-    assert first["tokens"] == second["tokens"] == 99
-    command = reproducing_command(results)
+    assert (first.release, first.sae_id) == ("first", ["x", "z"])
+    assert list(map(str, first.path)) == ["/saes/one"]
+    assert (second.release, second.sae_id, second.path) == ("second", ["y"], [])
+    assert first.n_tokens == second.n_tokens == 99
+    command = shell_lines(evaluate_commands(results))
     assert command in Page(render_report(results)).texts("code")
 
 
@@ -389,7 +415,7 @@ def test_the_command_plot_draws_every_figure_of_saved_results(saved, tmp_path, c
     assert cli.main(["plot", str(saved)]) == 0
     files = {
         f"{name}.{kind}"
-        for name in ("zf", "violin", "l0", "coherence", "frontier")
+        for name in ("zf", "energy", "violin", "l0", "coherence", "frontier")
         for kind in ("png", "pdf")
     }
     assert {file.name for file in (saved / "figures").iterdir()} == files
@@ -407,6 +433,6 @@ def test_a_folder_without_results_is_refused_in_one_sentence(command, tmp_path, 
     assert said.out == ""
     assert said.err.strip().splitlines() == [
         f"sae-afa {command}: error: the folder {str(tmp_path)!r} holds no results: "
-        "it has no results.json"
+        "it has no sae-afa.json"
     ]
     assert list(tmp_path.iterdir()) == []
