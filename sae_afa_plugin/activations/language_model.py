@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -114,7 +115,7 @@ class LanguageModelActivations(Activations):
     @cached_property
     def _settings(self) -> dict[str, Any]:
         dataset = self._dataset
-        return {
+        settings = {
             "source": "language model",
             **model_identity(self._given, self._wanted),
             "dataset": str(dataset) if isinstance(dataset, str | Path) else "in memory",
@@ -123,6 +124,7 @@ class LanguageModelActivations(Activations):
             "split": self._split,
             **asdict(self._protocol),
         }
+        return json.loads(json.dumps(settings))  # tuples become lists, as in a file
 
     @cached_property
     def model(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
