@@ -1,0 +1,285 @@
+"""The folder of results: immutable, shared by processes, and careful with what is not ours."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sae_lens import StandardSAE, StandardSAEConfig
+
+from sae_afa_plugin import AFAResults, evaluate_saes
+from sae_afa_plugin.activations.tensors import TensorActivations
+from sae_afa_plugin.files import NotWrittenError
+from sae_afa_plugin.groups.base import GroupResult
+from sae_afa_plugin.sources import Excluded
+from sae_afa_plugin.store import Store
+
+SETTINGS = {"dataset": "text", "ids": (1, 2)}
+SEQUENCES = pd.DataFrame({"sequence": [0, 0], "position": [0, 1], "token_id": [5, 6]})
+PLACES = pd.DataFrame({"sequence": [0, 0, 0], "position": [1, 2, 3], "token_id": [6, 7, 8]})
+X = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
+
+
+def result(value=1.0):
+    table = pd.DataFrame({"l0": [3, 4]}, index=[0, 2])
+    return GroupResult({"value": value, "undefined": np.nan, "n": np.int64(3)}, table)
+
+
+def new_store(folder):
+    store = Store(folder, SETTINGS)
+    store.begin(SEQUENCES)
+    return store
+
+
+def add(store, name="a", group="afa", fingerprint="1", value=1.0):
+    key = store.key(fingerprint, group)
+    return store.add(name, group, key, fingerprint, {"source": "x"}, result(value), PLACES)
+
+
+def small_sae(seed=0, d_in=8):
+    torch.manual_seed(seed)
+    sae = StandardSAE(StandardSAEConfig(d_in=d_in, d_sae=20))
+    with torch.no_grad():
+        sae.W_enc.normal_(0, 0.3)
+    sae.cfg.metadata.hook_name = "here"
+    return sae
+
+
+def evaluate(saes, **options):
+    source = TensorActivations({"here": X})
+    return evaluate_saes(saes, activations=source, progress=False, **options)
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    store = new_store(tmp_path / "out")
+    written = add(store)
+    found = Store(tmp_path / "out").find("a", "afa", store.key("1", "afa"))
+    assert found == written
+    assert found.summary == {"value": 1.0, "undefined": None, "n": 3}
+    table = found.table("tokens")
+    assert table.to_dict("list") == {
+        "token_number": [0, 2], "sequence": [0, 0], "position": [1, 3], "token_id": [6, 8],
+        "l0": [3, 4],
+    }  # fmt: skip
+    assert list(found.table("tokens", ["l0", "nothing"])) == ["l0"]
+    assert found.table("features") is None
+
+
+def test_what_decides_a_number_is_in_its_name(tmp_path):
+    store = new_store(tmp_path / "out")
+    keys = {
+        store.key("1", "afa 1"), store.key("2", "afa 1"), store.key("1", "afa 2"),
+        Store(tmp_path / "other", {**SETTINGS, "dataset": "x"}).key("1", "afa 1"),
+    }  # fmt: skip
+    assert len(keys) == 4
+    assert Store(tmp_path / "third", SETTINGS).key("1", "afa 1") == store.key("1", "afa 1")
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text(min_size=1, max_size=80), min_size=2, max_size=5, unique=True))
+def test_any_names_are_told_apart_and_stay_inside(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("store")
+    store = new_store(folder / "out")
+    for number, name in enumerate(names):
+        add(store, name, value=float(number))
+    assert [place.name for place in folder.iterdir()] == ["out"]
+    found = {r.sae: r.summary["value"] for r in Store(folder / "out").results()[0]}
+    assert found == {name: float(number) for number, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("name", ["None", "NA", "null", "nan", "1", "", "../up", "a/b", "a\nb"])
+def test_names_that_mean_something_elsewhere_are_continued(tmp_path, name):
+    saes = {name: small_sae(), "other": small_sae(1)}
+    out = tmp_path / "out"
+    evaluate({name: saes[name]}, out=out)
+    results = evaluate(saes, out=out)
+    assert list(results.summary.index) == [name, "other"]
+    loaded = AFAResults.load(out)
+    assert list(loaded.summary.index) == [name, "other"]
+    assert len(loaded.tokens_of(name)) == 40
+    assert [place.name for place in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_of_somebody_else_are_in_the_way_or_left_alone(tmp_path):
+    for name in ("summary.csv", "results.json", "sequences.parquet", "results", ".claims"):
+        out = tmp_path / f"with {name}"
+        out.mkdir()
+        (out / name).write_text("mine")
+        with pytest.raises(ValueError, match=r"was not written by sae-afa and would be in the way"):
+            evaluate({"a": small_sae()}, out=out)
+        assert (out / name).read_text() == "mine"
+        assert len(list(out.iterdir())) == 1
+    out = tmp_path / "beside"
+    for name in ("notes.txt", "unfinished/half.txt", "figures/zf.png"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    bad = small_sae()
+    bad.W_enc.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="none of its tokens has finite norms"):
+        evaluate({"bad": bad}, out=out)
+    evaluate({"a": small_sae()}, out=out)
+    for name in ("notes.txt", "unfinished/half.txt", "figures/zf.png"):
+        assert (out / name).read_text() == "mine"
+
+
+def test_a_failed_call_leaves_the_results_of_others(tmp_path):
+    out = tmp_path / "out"
+    evaluate({"a": small_sae()}, out=out)
+    files = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    with pytest.raises(ValueError, match="have width 8, but the SAE has d_in=9"):
+        evaluate({"b": small_sae(d_in=9)}, out=out)
+    assert {f: f.read_bytes() for f in out.rglob("*") if f.is_file()} == files
+
+
+# --- one bad SAE ---
+
+
+class OutOfMemorySAE(StandardSAE):
+    def encode(self, x):
+        if len(x) > 8:  # it loads, it passes the check of the first tokens, then it is too much
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().encode(x)
+
+
+class TypoSAE(StandardSAE):
+    def encode(self, x):
+        return super().encode(x)[self.cfg.no_such_thing]
+
+
+def with_class(cls):
+    sae = small_sae()
+    sae.__class__ = cls
+    return sae
+
+
+def test_one_bad_sae_costs_only_itself(tmp_path):
+    damaged = tmp_path / "damaged"
+    small_sae().save_model(damaged)
+    (damaged / "sae_weights.safetensors").write_bytes(b"no weights at all")
+    unreadable = tmp_path / "unreadable"
+    small_sae().save_model(unreadable)
+    (unreadable / "cfg.json").write_text('{"architecture": ["standard"], "d_in": {}}')
+    diverged = small_sae()
+    diverged.W_dec.data.fill_(torch.nan)
+    saes = {
+        "first": small_sae(1),
+        "diverged": diverged,
+        "too large": with_class(OutOfMemorySAE),
+        "damaged": damaged,
+        "unreadable": unreadable,
+        "typo": with_class(TypoSAE),
+        "left out": Excluded("its training diverged at step 12: use a lower lr"),
+        "last": small_sae(2),
+    }
+    results = evaluate(saes, out=tmp_path / "out")
+    assert list(results.summary.index) == ["first", "last"]
+    refused = results.metadata["refused"]
+    assert list(refused) == ["unreadable", "left out", "diverged", "too large", "damaged", "typo"]
+    assert refused["left out"] == "its training diverged at step 12: use a lower lr"
+    assert "none of its tokens has finite norms" in refused["diverged"]
+    assert refused["too large"].startswith("there is not enough memory for it (CUDA out of memory")
+    assert "damaged or incomplete" in refused["damaged"]
+    assert "cfg.json" in refused["unreadable"]
+    assert "no_such_thing" in refused["typo"]
+    assert AFAResults.load(tmp_path / "out").metadata["refused"] == refused
+    alone = evaluate({name: saes[name] for name in ("first", "last")})
+    pd.testing.assert_frame_equal(alone.tokens, results.tokens, check_exact=True)
+    # mended, it is no longer listed
+    results = evaluate({"too large": small_sae(3)}, out=tmp_path / "out")
+    assert "too large" not in results.metadata["refused"]
+    assert list(results.summary.index) == ["too large", "first", "last"]
+
+
+# --- several at once ---
+
+
+def test_a_claim_is_one_processs_alone(tmp_path):
+    store, other = new_store(tmp_path), Store(tmp_path)
+    with store.claim("a") as mine, other.claim("a") as theirs, other.claim("b") as another:
+        assert (mine, theirs, another) == (True, False, True)
+    with other.claim("a") as theirs:
+        assert theirs
+    taken = []
+
+    def wait():
+        with other.claim("a", wait=True) as mine:
+            taken.append(mine)
+
+    with store.claim("a"):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join(0.3)
+        assert taken == []
+    thread.join(10)
+    assert taken == [True]
+
+
+def test_a_result_that_is_there_is_not_written_again(tmp_path):
+    store = new_store(tmp_path)
+    first = add(store, value=1.0)
+    second = add(Store(tmp_path), value=2.0)  # as of a process that saw no lock
+    assert second.summary == first.summary
+    assert not [p for p in (tmp_path / "results").iterdir() if p.name.startswith(".")]
+
+
+def test_the_index_is_made_from_what_is_there(tmp_path):
+    evaluate({"b": small_sae(1), "a": small_sae(2)}, out=tmp_path)
+    before = AFAResults.load(tmp_path)
+    index = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "summary.csv").unlink()
+    evaluate({"b": small_sae(1)}, out=tmp_path)  # knows nothing of the other
+    after = AFAResults.load(tmp_path)
+    pd.testing.assert_frame_equal(after.summary, before.summary, check_exact=True)
+    assert json.loads((tmp_path / "results.json").read_text())["parts"] == index["parts"]
+
+
+def test_results_are_saved_elsewhere_and_edited(tmp_path):
+    results = evaluate({"a": small_sae(1), "b": small_sae(2)}, out=tmp_path / "out")
+    results.summary["training_seconds"] = [1.5, 2.5]
+    results.save(tmp_path / "copy")
+    results.save(tmp_path / "out")
+    for folder in ("copy", "out"):
+        loaded = AFAResults.load(tmp_path / folder)
+        assert loaded.summary["training_seconds"].tolist() == [1.5, 2.5]
+        pd.testing.assert_frame_equal(loaded.tokens, results.tokens, check_exact=True)
+        assert loaded.features_of("a")["fired"].sum() == results.tokens_of("a")["l0"].sum()
+    without_folder = evaluate({"a": small_sae(1)})
+    without_folder.save(tmp_path / "kept")
+    pd.testing.assert_frame_equal(
+        AFAResults.load(tmp_path / "kept").tokens, without_folder.tokens, check_exact=True
+    )
+    in_memory = AFAResults(
+        without_folder.summary, without_folder.tokens, without_folder.sequences,
+        {"settings": {}, "fingerprints": {}},
+    )  # fmt: skip
+    in_memory.save(tmp_path / "frames")
+    loaded = AFAResults.load(tmp_path / "frames")
+    pd.testing.assert_frame_equal(loaded.summary, in_memory.summary, check_exact=True)
+    pd.testing.assert_frame_equal(loaded.tokens, in_memory.tokens, check_exact=True)
+
+
+def test_a_folder_that_cannot_be_written_ends_the_run_with_what_to_do(tmp_path, monkeypatch):
+    written = []
+    to_parquet = pd.DataFrame.to_parquet
+
+    def full(self, path, **options):
+        written.append(path)
+        if len(written) > 4:
+            raise OSError(28, "No space left on device")
+        return to_parquet(self, path, **options)
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    saes = {str(n): small_sae(n) for n in range(4)}
+    with pytest.raises(NotWrittenError, match="No space left on device.*nothing that was finished"):
+        evaluate(saes, out=tmp_path)
+    n_before = len(written)
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", to_parquet)
+    assert n_before == 5  # it did not go on with the others
+    assert list(evaluate(saes, out=tmp_path).summary.index) == list(saes)
