@@ -1,15 +1,19 @@
-"""The choice of k on the CPU: python benchmarks/activation.py
+"""The choice of features on the CPU: python benchmarks/activation.py
 
 Times the operator against the way the paper's public code does it, as its description says
 (argsort, gather, cumulative sum, scatter over every row), and against TopK's and BatchTopK's
 choice and a copy of the matrix, in the same process and taking turns. Peaks of memory count
 everything beyond the input: in units of the matrix, so a way that only makes its output has 1.
+
+``--family`` times the other members of the prefix operator instead, each with the target that k
+features of a token would meet, against ``top_afa`` and against TopK's and BatchTopK's choice of k.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +21,8 @@ import torch
 from measuring import machine, median_seconds, peak_bytes, write
 from torch import Tensor
 
-from sae_afa_plugin import activation, numba_kernel, top_afa
+from sae_afa_plugin import keep_prefix, top_afa
+from sae_afa_plugin.rules import numba_kernel, torch_kernel
 
 
 def published_way(acts: Tensor, target: Tensor) -> Tensor:
@@ -30,7 +35,7 @@ def published_way(acts: Tensor, target: Tensor) -> Tensor:
 
 
 def without_numba(acts: Tensor, target: Tensor) -> Tensor:
-    return activation._by_chunks(acts, target, None, activation._KeepByPartialSelection())
+    return torch_kernel.keep_prefix(acts, target, None, 2, "row")
 
 
 WAYS = {
@@ -43,6 +48,43 @@ WAYS = {
 }
 
 
+def taking_turns(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median of each way, in milliseconds."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            times[name].append(median_seconds(way, 1))
+    return {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+
+
+def time_family(tokens: int, widths: list[int], rounds: int, out: Path) -> None:
+    lines: list[str] = []
+    for d_sae in widths:
+        torch.manual_seed(0)
+        acts = torch.randn(tokens, d_sae).relu_()
+        largest_first = acts.sort(dim=-1, descending=True).values
+        for k in (64, 600, 6_000):
+            ways: dict[str, Callable[[], object]] = {}
+            for per in ("row", "batch"):
+                for p in (0, 1, 2):
+                    target = largest_first[:, :k].norm(p, dim=-1)
+                    ways[f"p = {p} per {per}"] = partial(keep_prefix, acts, target, p=p, per=per)
+            ways["topk(k)"] = partial(acts.topk, k)
+            ways["BatchTopK(k)"] = partial(acts.flatten().topk, k * tokens)
+            if not lines:
+                lines += [
+                    f"{tokens} tokens, float32, {machine()}; medians of {rounds} rounds, ms",
+                    "",
+                    "| d_sae | k | " + " | ".join(ways) + " |",
+                    "|" + "---|" * (len(ways) + 2),
+                ]
+            ms = taking_turns(ways, rounds)
+            lines.append(
+                f"| {d_sae:,} | {k:,} | " + " | ".join(f"{v:.1f}" for v in ms.values()) + " |"
+            )
+    write(out, lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,10 +92,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--d-sae", type=int, nargs="+", default=[12_288, 24_576])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("output/performance/activation.md"))
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--family", action="store_true")
     args = parser.parse_args()
-    if numba_kernel.compiled() is None:
+    name = "family" if args.family else "activation"
+    out = args.out or Path(f"output/performance/{name}.md")
+    if numba_kernel.compiled(2) is None:
         parser.error("Numba is not installed: pip install 'sae-afa-plugin[fast]'")
+    if args.family:
+        time_family(args.tokens, args.d_sae, args.rounds, out)
+        return
 
     lines = [
         f"{args.tokens} tokens, float32, {machine()}; medians of {args.rounds} rounds, ms",
@@ -68,11 +116,8 @@ def main() -> None:
         largest_first = acts.sort(dim=-1, descending=True).values
         for k in (64, 600, 6_000):
             target = largest_first[:, :k].norm(dim=-1)
-            times: dict[str, list[float]] = {name: [] for name in WAYS}
-            for _ in range(args.rounds):
-                for name, way in WAYS.items():
-                    times[name].append(median_seconds(partial(way, acts, target), 1))
-            ms = {name: 1000 * statistics.median(seconds) for name, seconds in times.items()}
+            ways = {name: partial(way, acts, target) for name, way in WAYS.items()}
+            ms = taking_turns(ways, args.rounds)
             lines.append(
                 f"| {d_sae:,} | {k:,} | "
                 + " | ".join(f"{ms[name]:.1f}" for name in WAYS)
@@ -86,7 +131,7 @@ def main() -> None:
         memory.append(f"| {d_sae:,} | " + " | ".join(f"{peaks[name]:.1f}" for name in WAYS) + " |")
     lines += ["", "Peak memory beyond the input, in matrices, 6,000 kept:", ""]
     lines += ["| d_sae | " + " | ".join(WAYS) + " |", "|" + "---|" * (len(WAYS) + 1), *memory]
-    write(args.out, lines)
+    write(out, lines)
 
 
 if __name__ == "__main__":

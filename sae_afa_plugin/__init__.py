@@ -11,7 +11,7 @@ from sae_afa_plugin.evals import AFAEvalConfig, AFAEvaluator, run_evals
 from sae_afa_plugin.evaluation import evaluate_release, evaluate_saes
 from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilon_lbo
 from sae_afa_plugin.results import AFAResults
-from sae_afa_plugin.rules.operator import top_afa
+from sae_afa_plugin.rules.operator import keep_prefix, top_afa
 from sae_afa_plugin.saes.registration import register
 from sae_afa_plugin.saes.topafa import (
     TopAFASAE,
@@ -42,6 +42,7 @@ __all__ = [
     "epsilon_lbo",
     "evaluate_release",
     "evaluate_saes",
+    "keep_prefix",
     "paper_runner_config",
     "plots",
     "register",

@@ -1,40 +1,105 @@
-"""The top-AFA activation: keep as many features as it takes to match the input's norm.
+"""The prefix operator: keep the largest features until a running sum meets a target.
 
-Lee, Davies, Canby and Hockenmaier, "Evaluating and Designing Sparse Autoencoders by
-Approximating Quasi-Orthogonality" (COLM 2025, arXiv 2503.24277). On a nearly orthogonal
-dictionary the norm of the feature vector is about the norm of the input, so the norm of the
-input says how many features to keep. The paper's own code is SewoongLee/top-afa-sae (MIT);
-this is an independent implementation of the rule.
+:func:`keep_prefix` is the family, :func:`top_afa` its member of Lee, Davies, Canby and
+Hockenmaier, "Evaluating and Designing Sparse Autoencoders by Approximating Quasi-Orthogonality"
+(COLM 2025, arXiv 2503.24277). On a nearly orthogonal dictionary the norm of the feature vector
+is about the norm of the input, so the norm of the input says how many features to keep. The
+paper's own code is SewoongLee/top-afa-sae (MIT); this is an independent implementation.
 
-The rule is one PyTorch operator, ``torch.ops.sae_afa_plugin.top_afa``, with a backend for each
-kind of device: :mod:`~sae_afa_plugin.rules.numba_kernel` on the CPU, :mod:`~sae_afa_plugin.rules.triton_kernel`
-on CUDA, and the PyTorch code here where these are missing. The definition they share: scores are
-products in float32 (float64 for float64 inputs); sums of squares and distances are float64
-(float32 on MPS, which has nothing wider). They sum in different orders, so where two numbers of
-features are equally near to within the rounding of float64 they may differ; nowhere else.
+It is one PyTorch operator, ``torch.ops.sae_afa_plugin.keep_prefix``. The code that runs behind it
+is a :class:`Backend`, found in the modules beside this one whose names end in ``_kernel``:
+:mod:`~sae_afa_plugin.rules.numba_kernel` on the CPU, :mod:`~sae_afa_plugin.rules.triton_kernel` on
+CUDA, and :mod:`~sae_afa_plugin.rules.torch_kernel` where these are missing. The definition they
+share: scores are products in float32 (float64 for float64 inputs); sums of powers and distances
+are float64 (float32 on MPS, which has nothing wider). They sum in different orders, so where two
+numbers of features are equally near to within the rounding of float64 they may differ; nowhere
+else.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sae_afa_plugin.rules import numba_kernel
 
-_CPU_CHUNK = 1 << 20  # elements; 4 MB of float32, so that a chunk and its copies stay in cache
-_DEVICE_CHUNK = 1 << 26  # elements; few launches, and the sort's indices stay below 1 GB
-_FIRST_WIDTH = 64  # how many of the largest scores are looked at first
+def keep_prefix(
+    acts: Tensor,
+    target: Tensor,
+    decoder_norm: Tensor | None = None,
+    *,
+    p: Literal[0, 1, 2] = 2,
+    per: Literal["row", "batch"] = "row",
+) -> Tensor:
+    """Keep the largest features until the running sum of their powers comes nearest to a target.
+
+    The scores are ``s_i = acts_i * decoder_norm_i``, sorted from the largest (equal scores: the
+    lower index first), and ``c_k = (s_1^p + ... + s_k^p)^(1/p)``, which for p = 0 is the number k.
+    The kept number is the k with the smallest ``|c_k - target|`` over the positive scores, the
+    smaller k at equal distance. Selection is by score; the output carries the activation itself.
+    Without positive scores the result is zero.
+
+    | p | the target is | per row | per batch |
+    |---|---|---|---|
+    | 0 | a number of features | TopK | BatchTopK |
+    | 1 | a sum of scores | a budget of L1 norm | the same for the batch |
+    | 2 | a norm | :func:`top_afa` | one threshold for the batch |
+
+    Per batch, the scores of all rows stand in one order (equal scores: the earlier row first) and
+    share one target, ``(sum over rows of target^p)^(1/p)``, for p = 0 the sum of the targets. A
+    negative target counts as 0.
+
+    The gradient with respect to ``acts`` passes to the kept features only; the choice itself
+    has no gradient. Reverse mode only (``backward``, not ``torch.func.jvp``).
+
+    Args:
+        acts: Activations ``[..., d_sae]``, in float16, bfloat16, float32 or float64. Entries
+            that are not positive are never kept, so a ReLU before this call is not needed.
+        target: What to match ``[...]``, one value for each row, in the units of
+            ``acts * decoder_norm``, or, for p = 0, a number that need not be whole.
+        decoder_norm: Norms of the decoder's rows ``[d_sae]``. None means unit rows.
+        p: Which power of the scores is summed up.
+        per: Whether each row meets its own target or the rows together the sum of theirs.
+
+    Returns:
+        ``[..., d_sae]`` in the dtype of ``acts``. A row in which a score or the target is NaN
+        or infinite (also -inf) is NaN throughout. Other rows are not affected: per batch, such a
+        row offers no scores and its target is not counted.
+
+    Raises:
+        ValueError: If shapes, devices or dtypes do not fit together, or p or per is unknown.
+
+    Example:
+        >>> acts = torch.tensor([[3.0, 4.0, 1.0, 0.0], [9.0, 1.0, 0.0, 0.0]])
+        >>> keep_prefix(acts, torch.tensor([2.0, 1.0]), p=0)
+        tensor([[3., 4., 0., 0.],
+                [9., 0., 0., 0.]])
+        >>> keep_prefix(acts, torch.tensor([7.9, 9.4]), p=1)  # 4 + 3 + 1 = 8; 9
+        tensor([[3., 4., 1., 0.],
+                [9., 0., 0., 0.]])
+        >>> keep_prefix(acts, torch.tensor([1.0, 1.0]), p=0, per="batch")  # the two largest of all
+        tensor([[0., 4., 0., 0.],
+                [9., 0., 0., 0.]])
+    """
+    if p not in (0, 1, 2):
+        raise ValueError(f"p must be 0, 1 or 2: got {p!r}")
+    if per not in ("row", "batch"):
+        raise ValueError(f"per must be 'row' or 'batch': got {per!r}")
+    _check(acts, "target", target, decoder_norm)
+    return _keep_prefix_op(acts, target, decoder_norm, int(p), per)
 
 
 def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
     """Keep the largest features of each row until their norm matches a target.
 
-    The scores are ``s_i = acts_i * decoder_norm_i``, sorted from the largest (equal scores: the
+    This is :func:`keep_prefix` with ``p=2, per="row"``. The scores are
+    ``s_i = acts_i * decoder_norm_i``, sorted from the largest (equal scores: the
     lower index first), and ``c_k = sqrt(s_1^2 + ... + s_k^2)``. The kept number is the k with the
     smallest ``|c_k - target_norm|`` over the positive scores, the smaller k at equal distance.
     Selection is by score; the output carries the activation itself. A row without positive
@@ -64,21 +129,23 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
         >>> top_afa(acts, torch.tensor([4.8]), torch.tensor([1.0, 1.0, 4.7, 1.0]))
         tensor([[0., 0., 1., 0.]])
     """
-    if acts.ndim == 0 or target_norm.shape != acts.shape[:-1]:
+    _check(acts, "target_norm", target_norm, decoder_norm)
+    return _keep_prefix_op(acts, target_norm, decoder_norm, 2, "row")
+
+
+def _check(acts: Tensor, target_name: str, target: Tensor, decoder_norm: Tensor | None) -> None:
+    """Refuse what does not fit together."""
+    if acts.ndim == 0 or target.shape != acts.shape[:-1]:
         raise ValueError(
-            "target_norm must have the shape of acts without its last dimension: got "
-            f"{tuple(target_norm.shape)} for acts of shape {tuple(acts.shape)}"
+            f"{target_name} must have the shape of acts without its last dimension: got "
+            f"{tuple(target.shape)} for acts of shape {tuple(acts.shape)}"
         )
     if decoder_norm is not None and decoder_norm.shape != acts.shape[-1:]:
         raise ValueError(
             f"decoder_norm must have shape {tuple(acts.shape[-1:])}, one entry for each "
             f"feature of acts: got {tuple(decoder_norm.shape)}"
         )
-    for name, tensor in (
-        ("acts", acts),
-        ("target_norm", target_norm),
-        ("decoder_norm", decoder_norm),
-    ):
+    for name, tensor in (("acts", acts), (target_name, target), ("decoder_norm", decoder_norm)):
         if tensor is None:
             continue
         if not tensor.dtype.is_floating_point:
@@ -87,159 +154,109 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
             raise ValueError(
                 f"{name} must be on the device of acts ({acts.device}): got {tensor.device}"
             )
-    return _top_afa_op(acts, target_norm, decoder_norm)
 
 
-def _kept_number(values: Tensor, targets: Tensor) -> Tensor:
-    """The rule itself, on the largest scores of each row.
+# --- what runs behind it ---
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute the operator. A module named ``*_kernel`` has it as ``BACKEND``.
 
     Args:
-        values: Scores sorted from the largest ``[n, width]``.
-        targets: The norms to match ``[n]``.
-
-    Returns:
-        How many to keep ``[n]``. Where it equals ``width`` and the row has more scores than
-        that, the answer may lie beyond.
-    """
-    # MPS has no float64
-    accumulate = torch.float32 if values.device.type == "mps" else torch.float64
-    scores, targets = values.to(accumulate), targets.to(accumulate).clamp(min=0)
-    if values.dtype == torch.float64:
-        # Squares of float64 can leave its range (those of float32 cannot): bring the largest
-        # score near 1, by a power of two so that nothing is rounded.
-        exponent = torch.frexp(scores[:, :1]).exponent.long().clamp(-1022, 1022)
-        power = ((1023 - exponent) << 52).view(torch.float64)
-        scores, targets = scores * power, targets * power[:, 0]
-
-    squared_norms = scores.square().cumsum(-1)
-    positive = values > 0
-    # Strictly below: sums that rounding has brought to a stop below the target still count as
-    # growing, so all positive scores are kept where their norm is below the target.
-    below = ((squared_norms < targets.square()[:, None]) & positive).sum(-1)
-    has_next = below < positive.sum(-1)
-    last = values.shape[1] - 1
-    upper = squared_norms.gather(1, below.clamp(max=last)[:, None])[:, 0].sqrt()
-    lower = squared_norms.gather(1, (below - 1).clamp(min=0)[:, None])[:, 0].sqrt()
-    nearer = (below == 0) | (upper - targets < targets - lower)
-    return below + (has_next & nearer)
-
-
-def _keep_by_stable_sort(scores: Tensor, targets: Tensor) -> Tensor:
-    """The mask of kept scores ``[n, d_sae]``, for any device and without synchronisation."""
-    values, order = scores.sort(dim=-1, descending=True, stable=True)
-    kept = _kept_number(values, targets)
-    first = torch.arange(scores.shape[1], device=scores.device) < kept[:, None]
-    return torch.empty_like(first).scatter_(-1, order, first)
-
-
-class _KeepByPartialSelection:
-    """The mask of kept scores ``[n, d_sae]``, looking only at as many scores as it takes.
-
-    Takes the largest scores of each row, more of them for the rows that are not decided yet,
-    and then compares the whole row with the smallest kept score. Rows of one batch keep similar
-    numbers, so each chunk starts where the last one ended.
+        name: What :func:`backend` calls it.
+        rank: Of those that support a tensor, the one with the lowest rank is used.
+        supports: Whether it takes ``acts`` (by device and dtype) with this p and per.
+        keep_prefix: The operator, from ``acts [..., d_sae]``, ``target [...]``,
+            ``decoder_norm [d_sae]`` or None, p and per, which fit together, to a new tensor of
+            the shape and dtype of ``acts``. Autograd and meta tensors never reach it.
     """
 
-    def __init__(self) -> None:
-        self.width = _FIRST_WIDTH
-
-    def __call__(self, scores: Tensor, targets: Tensor) -> Tensor:
-        n, d_sae = scores.shape
-        kept = torch.zeros(n, dtype=torch.long)
-        cut = torch.full((n,), torch.inf, dtype=scores.dtype)  # the smallest kept score
-        split = torch.zeros(n, dtype=torch.bool)  # equal scores on both sides of the cut
-        rows, width = torch.arange(n), self.width
-        while len(rows) > 0:
-            values = _largest(scores if len(rows) == n else scores[rows], width)
-            width = values.shape[1]
-            k = _kept_number(values, targets[rows])
-            smallest = values.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0]
-            following = values.gather(1, k.clamp(max=width - 1)[:, None])[:, 0]
-            # with k < width the next score is known, and with it whether a tie is cut in two
-            decided = (k < width) | (width == d_sae)
-            some = decided & (k > 0)
-            kept[rows[some]], cut[rows[some]] = k[some], smallest[some]
-            split[rows[some]] = ((k < width) & (following == smallest))[some]
-            rows, width = rows[~decided], 4 * width
-        self.width = max(_FIRST_WIDTH, int(kept.max()) * 5 // 4)
-
-        mask = scores >= cut[:, None]
-        if split.any():
-            above = scores[split] > cut[split, None]
-            equal = scores[split] == cut[split, None]
-            needed = kept[split] - above.sum(-1)
-            mask[split] = above | (equal & (equal.cumsum(-1) <= needed[:, None]))
-        return mask
+    name: str
+    rank: int
+    supports: Callable[[Tensor, int, str], bool]
+    keep_prefix: Callable[[Tensor, Tensor, Tensor | None, int, str], Tensor]
 
 
-def _largest(scores: Tensor, width: int) -> Tensor:
-    """At least the ``width`` largest scores of each row, sorted from the largest."""
-    if 8 * width <= scores.shape[1]:
-        return scores.topk(width, dim=-1).values
-    # NumPy sorts several times faster than PyTorch here: it carries no indices
-    return torch.from_numpy(np.sort(scores.detach().numpy(), axis=-1)).flip(-1)
+@functools.cache
+def backends() -> tuple[Backend, ...]:
+    """All backends whose language is installed, those that are preferred first.
+
+    Example:
+        >>> backends()[-1].name  # takes everything
+        'torch'
+    """
+    assert __package__ is not None
+    found: list[Backend] = []
+    for module in pkgutil.iter_modules(import_module(__package__).__path__, f"{__package__}."):
+        if not module.name.endswith("_kernel"):
+            continue
+        try:
+            found.append(import_module(module.name).BACKEND)
+        except ImportError as error:
+            if (error.name or "").startswith(__package__):
+                raise
+            # what the module is written in is not installed here
+    return tuple(sorted(found, key=lambda each: each.rank))
 
 
-def _by_chunks(
-    acts: Tensor,
-    target_norm: Tensor,
-    decoder_norm: Tensor | None,
-    keep: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Apply a selection to some rows at a time, so that temporaries stay small."""
-    out = torch.empty(acts.shape, dtype=acts.dtype, device=acts.device)
-    if out.numel() == 0:
-        return out
-    d_sae = acts.shape[-1]
-    dtype = torch.promote_types(acts.dtype, torch.float32)
-    rows, targets = acts.reshape(-1, d_sae), target_norm.reshape(-1)
-    elements = _CPU_CHUNK if acts.device.type == "cpu" else _DEVICE_CHUNK
-    step = max(1, elements // d_sae)
-    for chunk, target, result in zip(
-        rows.split(step), targets.split(step), out.view(-1, d_sae).split(step), strict=True
-    ):
-        scores = chunk.to(dtype)
-        if decoder_norm is not None:
-            scores = scores * decoder_norm.to(dtype)
-        torch.where(keep(scores, target), chunk, chunk.new_zeros(()), out=result)
-        finite = scores.amax(-1).isfinite() & scores.amin(-1).isfinite() & target.isfinite()
-        if acts.device.type != "cpu" or not finite.all():  # a device would have to wait
-            result.masked_fill_(~finite[:, None], torch.nan)
-    return out
+def _choose(acts: Tensor, p: int, per: str) -> Backend:
+    return next(each for each in backends() if each.supports(acts, p, per))
 
 
-def backend(acts: Tensor) -> Literal["numba", "triton", "torch"]:
-    """Which code chooses the features of a tensor of this device and dtype.
+def backend(acts: Tensor, p: Literal[0, 1, 2] = 2, per: Literal["row", "batch"] = "row") -> str:
+    """Which backend chooses the features of a tensor of this device and dtype.
 
     Example:
         >>> backend(torch.ones(2, 3, dtype=torch.float64))  # the kernels are for float32 and less
         'torch'
     """
-    if acts.dtype == torch.float64:
-        return "torch"
-    if acts.device.type == "cpu" and numba_kernel.compiled() is not None:
-        return "numba"
-    if acts.device.type == "cuda" and importlib.util.find_spec("triton") is not None:
-        return "triton"
-    return "torch"
+    return _choose(acts, p, per).name
 
 
-@torch.library.custom_op("sae_afa_plugin::top_afa", mutates_args=())
-def _top_afa_op(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
-    match backend(acts):
-        case "numba":
-            return numba_kernel.top_afa(acts, target_norm, decoder_norm)
-        case "triton":
-            from sae_afa_plugin.rules import triton_kernel
+def total_target(targets: Tensor, p: int) -> Tensor:
+    """The target that rows share: ``(sum of targets^p)^(1/p)``, for p = 0 their sum.
 
-            return triton_kernel.top_afa(acts, target_norm, decoder_norm)
-        case "torch":
-            keep = _KeepByPartialSelection() if acts.is_cpu else _keep_by_stable_sort
-            return _by_chunks(acts, target_norm, decoder_norm, keep)
+    Args:
+        targets: The targets of the rows ``[n]``, all finite.
+        p: 0, 1 or 2.
+
+    Returns:
+        A scalar tensor, in float64 (float32 on MPS).
+
+    Example:
+        >>> total_target(torch.tensor([3.0, 4.0]), p=2)
+        tensor(5., dtype=torch.float64)
+    """
+    targets = accumulated(targets).clamp(min=0)
+    if p != 2:
+        return targets.sum()
+    largest = targets.amax().clamp(min=torch.finfo(targets.dtype).tiny)
+    # as a fraction of the largest, whose square stays within the range
+    power = power_near_one(largest) if targets.dtype == torch.float64 else 1 / largest
+    return (targets * power).square().sum().sqrt() / power
 
 
-@_top_afa_op.register_fake
-def _(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None) -> Tensor:
+def accumulated(tensor: Tensor) -> Tensor:
+    """In the dtype in which powers are summed: MPS has no float64."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def power_near_one(values: Tensor) -> Tensor:
+    """Powers of two that bring positive float64 values near 1, so that nothing is rounded."""
+    exponent = torch.frexp(values).exponent.long().clamp(-1022, 1022)
+    return ((1023 - exponent) << 52).view(torch.float64)
+
+
+@torch.library.custom_op("sae_afa_plugin::keep_prefix", mutates_args=())
+def _keep_prefix_op(
+    acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str
+) -> Tensor:
+    return _choose(acts, p, per).keep_prefix(acts, target, decoder_norm, p, per)
+
+
+@_keep_prefix_op.register_fake
+def _(acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str) -> Tensor:
     return torch.empty(acts.shape, dtype=acts.dtype, device=acts.device)
 
 
@@ -248,9 +265,9 @@ def _setup_context(ctx, inputs, output) -> None:  # pyright: ignore
     ctx.save_for_backward(output)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore
     (output,) = ctx.saved_tensors
-    return torch.where(output != 0, grad, 0), None, None
+    return torch.where(output != 0, grad, 0), None, None, None, None
 
 
-_top_afa_op.register_autograd(_backward, setup_context=_setup_context)
+_keep_prefix_op.register_autograd(_backward, setup_context=_setup_context)

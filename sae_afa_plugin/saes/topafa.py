@@ -46,19 +46,23 @@ def _check_config(cfg: SAEConfig) -> None:
     """Refuse what contradicts the definition of the target norm ``||z - b_dec||``."""
     if not cfg.apply_b_dec_to_input:
         raise ValueError(
-            "topafa needs apply_b_dec_to_input=True, because the number of features it keeps "
-            "is defined by ||z - b_dec||: got apply_b_dec_to_input=False"
+            f"{cfg.architecture()} needs apply_b_dec_to_input=True, because the number of features "
+            "it keeps is defined by ||z - b_dec||: got apply_b_dec_to_input=False"
         )
     if cfg.normalize_activations == "covariance_whitening":
         raise ValueError(
-            "topafa cannot use normalize_activations='covariance_whitening', because whitening "
+            f"{cfg.architecture()} cannot use normalize_activations='covariance_whitening', because whitening "
             "does not preserve the norm that decides how many features are kept: use "
             "'layer_norm', 'expected_average_only_in', 'constant_norm_rescale' or 'none'"
         )
 
 
 class _TopAFA(SAE[Any]):
-    """What the inference and the training class share."""
+    """What the inference and the training class share.
+
+    Another rule is another architecture: a subclass of each that overrides :meth:`choose`, with
+    its configs and a name of its own.
+    """
 
     b_enc: nn.Parameter
 
@@ -84,7 +88,7 @@ class _TopAFA(SAE[Any]):
         n_last = 2 if self.hook_z_reshaping_mode else 1
         if math.prod(sae_in.shape[-n_last:]) != self.cfg.d_in:
             raise ValueError(
-                f"this topafa SAE has d_in={self.cfg.d_in}, but the activations have shape "
+                f"this {self.cfg.architecture()} SAE has d_in={self.cfg.d_in}, but the activations have shape "
                 f"{tuple(sae_in.shape)}: use the hook it was made for, or another d_in"
             )
         return super().process_sae_in(sae_in)
@@ -92,6 +96,23 @@ class _TopAFA(SAE[Any]):
     def decoder_norm(self) -> Tensor:
         """Norms of the decoder's rows ``[d_sae]``, in float32 at least, without gradient."""
         return norm_along_last(self.W_dec.detach())
+
+    def choose(self, hidden_pre: Tensor, sae_in: Tensor, decoder_norm: Tensor) -> Tensor:
+        """The rule: which features of a token are kept. This one is :func:`top_afa`.
+
+        Whatever is not kept is zero, and its gradient has to be stopped: with few features
+        the decoder's backward pass does not look at what is zero.
+
+        Args:
+            hidden_pre: Pre-activations ``[..., d_sae]``, without a ReLU.
+            sae_in: z - b_dec ``[..., d_in]``.
+            decoder_norm: Norms of the decoder's rows ``[d_sae]``, without gradient.
+
+        Returns:
+            Feature activations ``[..., d_sae]``.
+        """
+        # top_afa never keeps what is not positive, so no ReLU has to run before it
+        return top_afa(hidden_pre, norm_along_last(sae_in).detach(), decoder_norm)
 
     def encode_centered(
         self, sae_in: Tensor, decoder_norm: Tensor, b_enc: Tensor | None = None
@@ -108,8 +129,7 @@ class _TopAFA(SAE[Any]):
         """
         b_enc = self.b_enc if b_enc is None else b_enc
         hidden_pre = self.hook_sae_acts_pre(sae_in @ self.W_enc + b_enc)
-        # top_afa never keeps what is not positive, so no ReLU has to run before it
-        feature_acts = top_afa(hidden_pre, norm_along_last(sae_in).detach(), decoder_norm)
+        feature_acts = self.choose(hidden_pre, sae_in, decoder_norm)
         return self.hook_sae_acts_post(feature_acts), hidden_pre
 
     def decode_normalized(self, feature_acts: Tensor, zeros_stay_zero: bool = False) -> Tensor:
@@ -132,8 +152,8 @@ class _TopAFA(SAE[Any]):
     ) -> None:
         """Refused: whitening changes ``||z - b_dec||`` and so the features that are kept."""
         raise NotImplementedError(
-            "a whitening cannot be folded into a topafa SAE, because it does not preserve the "
-            "norm that decides how many features are kept"
+            f"a whitening cannot be folded into a {self.cfg.architecture()} SAE, because it does "
+            "not preserve the norm that decides how many features are kept"
         )
 
 
@@ -375,7 +395,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
             sae_in = sae_in.detach()
         feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm, b_enc)
         z = (sae_in + self.b_dec).detach()
-        # top_afa stops the gradient of what it leaves out, unless a hook came in between
+        # the rule stops the gradient of what it leaves out, unless a hook came in between
         z_recons = self.decode_normalized(
             feature_acts, zeros_stay_zero=not _has_hooks(self.hook_sae_acts_post)
         )

@@ -1,49 +1,84 @@
-"""The top-AFA rule, written again from its definition.
+"""The prefix rule, written again from its definition; the top-AFA rule is its case p = 2 per row.
 
-Nothing here imports the package. ``kept_exactly`` decides in rational arithmetic, so it has no
-rounding at all; ``keep_brute_force`` is the plain formula in NumPy float64 for many rows.
+Nothing here imports the package. ``kept_exactly`` and ``kept_exactly_of_batch`` decide in rational
+arithmetic, so they have no rounding at all; ``keep_brute_force`` is the plain formula in NumPy
+float64 for many rows.
 """
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
 
 
-def kept_exactly(scores: list[float], target: float) -> list[int]:
-    """Indices kept by the rule for one row, in exact arithmetic.
+def kept_exactly(scores: list[float], target: float, p: int = 2) -> list[int]:
+    """Indices kept by the rule for one row, in exact arithmetic."""
+    (kept,) = kept_exactly_of_batch([scores], [target], p)
+    return kept
 
-    c_k is strictly nearer to t than c_{k-1} if c_k + c_{k-1} < 2t. Squared twice, that needs no
-    roots: with S = c^2, r = 4 t^2 - S_k - S_{k-1}, it is r > 0 and 4 S_k S_{k-1} < r^2.
+
+def kept_exactly_of_batch(
+    scores: list[list[float]], targets: list[float], p: int
+) -> list[list[int]]:
+    """Indices kept in each row where all rows stand in one order and share one target."""
+    usable = [
+        i
+        for i, row in enumerate(scores)
+        if all(map(math.isfinite, row)) and math.isfinite(targets[i])
+    ]
+    entries = [(-s, i, j) for i in usable for j, s in enumerate(scores[i]) if s > 0]
+    entries.sort()
+    goal = sum((max(Fraction(targets[i]), Fraction(0)) ** max(p, 1) for i in usable), Fraction(0))
+    kept = entries[: _prefix([Fraction(-s) for s, _, _ in entries], goal, p)]
+    return [sorted(j for _, i, j in kept if i == row) for row in range(len(scores))]
+
+
+def _prefix(values: list[Fraction], goal: Fraction, p: int) -> int:
+    """The k with the smallest |c_k - t|, for values from the largest and goal = t^2 (p = 2) or t.
+
+    Without powers the distances are rational. For p = 2, c_k is strictly nearer to t than c_{k-1}
+    if c_k + c_{k-1} < 2t. Squared twice, that needs no roots: with S = c^2,
+    r = 4 t^2 - S_k - S_{k-1}, it is r > 0 and 4 S_k S_{k-1} < r^2.
     """
-    order = sorted((i for i, s in enumerate(scores) if s > 0), key=lambda i: (-scores[i], i))
-    if not order:
-        return []
-    t = max(Fraction(target), Fraction(0))
-    best, total = 1, Fraction(scores[order[0]]) ** 2
-    for k in range(2, len(order) + 1):
-        following = total + Fraction(scores[order[k - 1]]) ** 2
-        rest = 4 * t * t - total - following
-        if not (rest > 0 and 4 * total * following < rest * rest):
+    if p < 2:
+        sums = [sum((v**p for v in values[:k]), Fraction(0)) for k in range(1, len(values) + 1)]
+        return 1 + min(range(len(sums)), key=lambda i: abs(sums[i] - goal)) if sums else 0
+    best, total = 0, Fraction(0)
+    for value in values:
+        following = total + value**2
+        rest = 4 * goal - total - following
+        if best > 0 and not (rest > 0 and 4 * total * following < rest * rest):
             break
-        best, total = k, following
-    return sorted(order[:best])
+        best, total = best + 1, following
+    return best
 
 
-def keep_brute_force(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def keep_brute_force(
+    scores: np.ndarray, targets: np.ndarray, p: int = 2, per: str = "row"
+) -> np.ndarray:
     """The mask ``[n, h]`` of kept scores: all distances, the first of the smallest.
 
-    Squares below 1e-16 of the sum do not move a float64 sum, so the distances of the last
+    Powers below 1e-16 of the sum do not move a float64 sum, so the distances of the last
     features can look equal where they are not. One consequence of the definition settles that:
-    where the norm of all positive scores is below the target, all of them are kept.
+    where all positive scores together are below the target, all of them are kept.
     """
+    targets = targets.astype(np.float64)
+    if per == "batch":
+        usable = np.isfinite(scores).all(axis=1) & np.isfinite(targets)
+        powers = np.maximum(targets[usable], 0.0) ** max(p, 1)
+        total = np.sqrt(powers.sum()) if p == 2 else powers.sum()
+        one_row = np.where(usable[:, None], scores, 0).reshape(1, -1)
+        return keep_brute_force(one_row, np.array([total]), p).reshape(scores.shape)
     order = np.argsort(-scores, axis=1, kind="stable")
     values = np.take_along_axis(scores, order, axis=1).astype(np.float64)
-    norms = np.sqrt(np.cumsum(np.where(values > 0, values, 0.0) ** 2, axis=1))
-    distance = np.where(values > 0, np.abs(norms - targets[:, None].astype(np.float64)), np.inf)
+    powers = np.where(values > 0, np.maximum(values, 0.0) ** p, 0.0)
+    sums = np.cumsum(powers, axis=1)
+    c = np.sqrt(sums) if p == 2 else sums
+    distance = np.where(values > 0, np.abs(c - targets[:, None]), np.inf)
     kept = np.where((values > 0).any(axis=1), distance.argmin(axis=1) + 1, 0)
-    kept = np.where(norms[:, -1] < targets, (values > 0).sum(axis=1), kept)
+    kept = np.where(c[:, -1] < targets, (values > 0).sum(axis=1), kept)
     first = np.arange(scores.shape[1])[None, :] < kept[:, None]
     mask = np.zeros_like(first)
     np.put_along_axis(mask, order, first, axis=1)

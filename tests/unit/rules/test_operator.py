@@ -1,51 +1,19 @@
-"""The top-AFA rule: by hand, by brute force, by exact arithmetic, and its properties."""
+"""The prefix operator: by hand, by brute force, by exact arithmetic, and its properties."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers.oracle import keep_brute_force, kept_exactly
+from helpers.backends import BACKENDS, EVERY_DTYPE, is_slow
+from helpers.oracle import keep_brute_force, kept_exactly, kept_exactly_of_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.topk_sae import TopK
 
-from sae_afa_plugin.rules import numba_kernel, operator, triton_kernel
-from sae_afa_plugin.rules.operator import top_afa
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # Triton interprets itself on the CPU
-
-
-def _numba(acts, target_norm, decoder_norm=None):
-    return numba_kernel.top_afa(acts, target_norm, decoder_norm)
-
-
-def _triton(acts, target_norm, decoder_norm=None):
-    norms = None if decoder_norm is None else decoder_norm.to(DEVICE)
-    return triton_kernel.top_afa(acts.to(DEVICE), target_norm.to(DEVICE), norms).cpu()
-
-
-def _triton_wide(acts, target_norm, decoder_norm=None):
-    with pytest.MonkeyPatch.context() as patch:  # rows of any width as if they did not fit
-        patch.setattr(triton_kernel, "_RESIDENT", 0)
-        patch.setattr(triton_kernel, "_TILE", 64)
-        return _triton(acts, target_norm, decoder_norm)
-
-
-def _partial_selection(acts, target_norm, decoder_norm=None):
-    keep = operator._KeepByPartialSelection()
-    return operator._by_chunks(acts, target_norm, decoder_norm, keep)
-
-
-def _stable_sort(acts, target_norm, decoder_norm=None):
-    return operator._by_chunks(acts, target_norm, decoder_norm, operator._keep_by_stable_sort)
-
-
-EVERY_DTYPE = {"partial selection": _partial_selection, "stable sort": _stable_sort}
-BACKENDS = {**EVERY_DTYPE, "numba": _numba, "triton": _triton, "triton wide": _triton_wide}
+from sae_afa_plugin import keep_prefix, top_afa
+from sae_afa_plugin.rules import torch_kernel
 
 
 @pytest.fixture(params=sorted(BACKENDS))
@@ -113,36 +81,131 @@ def test_float64_squares_do_not_leave_the_range(backend, scale):
     assert (out != 0).tolist() == [[True, True, False]]
 
 
+# --- by hand, other powers and the batch ---
+
+
+def test_a_number_of_features_need_not_be_whole(keep):
+    acts = torch.tensor([[1.0, 2.0, 3.0, 4.0, 0.0]] * 6)
+    kept = keep(acts, torch.tensor([-1.0, 1.4, 1.5, 1.6, 3.9, 9.0]), None, 0).count_nonzero(-1)
+    # at least one, the smaller number halfway, no more than are positive
+    assert kept.tolist() == [1, 1, 1, 2, 4, 4]
+
+
+def test_a_sum_of_scores(keep):
+    # sums 4, 7, 9, 10; 5.5 is as near to 4 as to 7
+    acts = torch.tensor([[2.0, 3.0, 4.0, 1.0]] * 5)
+    assert keep(acts, torch.tensor([0.0, 5.5, 5.6, 8.1, 20.0]), None, 1).tolist() == [
+        [0, 0, 4, 0],
+        [0, 0, 4, 0],
+        [0, 3, 4, 0],
+        [2, 3, 4, 0],
+        [2, 3, 4, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("p", "target", "expected"),
+    [
+        # the targets together are 4 features, a sum of 15, a norm of 7.68
+        (0, [1.0, 3.0], [[5, 0, 3], [4, 3, 0]]),
+        (1, [15.0, 0.0], [[5, 0, 3], [4, 3, 0]]),
+        (2, [6.144, 4.608], [[5, 0, 3], [4, 3, 0]]),
+        # 6.4031 is 5 and 4; one of the two scores of 3 is added above 6.7372
+        (2, [6.73, 0.0], [[5, 0, 0], [4, 0, 0]]),
+        (2, [6.74, 0.0], [[5, 0, 3], [4, 0, 0]]),
+        # a negative target does not take from the others
+        (0, [2.0, -50.0], [[5, 0, 0], [4, 0, 0]]),
+        (1, [-7.0, 9.0], [[5, 0, 0], [4, 0, 0]]),
+        (2, [-7.0, 0.0], [[5, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_rows_of_a_batch_share_their_target(keep, p, target, expected):
+    acts = torch.tensor([[5.0, 0.5, 3.0], [4.0, 3.0, 2.0]])
+    assert keep(acts, torch.tensor(target), None, p, "batch").tolist() == expected
+
+
+def test_equal_scores_of_a_batch_take_the_earlier_row_first(keep):
+    acts = torch.tensor([[1.0, 2.0, 2.0], [2.0, 3.0, 2.0], [2.0, 0.0, 2.0]])
+    for n in range(2, 8):
+        kept = keep(acts, torch.tensor([n, 0.0, 0.0]), None, 0, "batch").flatten().nonzero()
+        assert kept.flatten().tolist() == sorted([4, *[1, 2, 3, 5, 6, 8][: n - 1]])
+
+
+@pytest.mark.parametrize("p", [0, 1, 2])
+def test_a_batch_without_positive_scores_gives_zeros(keep, p):
+    acts = torch.tensor([[0.0, 0.0], [-1.0, 3.0]])
+    out = keep(acts, torch.ones(2), torch.tensor([1.0, 0.0]), p, "batch")
+    assert out.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("per", ["row", "batch"])
+@pytest.mark.parametrize("where", ["acts", "target", "every row"])
+def test_a_row_that_is_not_finite_takes_no_part(keep, p, per, where):
+    acts, target = _random(6, 30)
+    acts, target = acts.round(decimals=1), {0: 5 * target, 1: 3 * target, 2: target}[p]
+    others = [0, 1, 3, 4, 5]
+    without = keep(acts[others], target[others], None, p, per)
+    if where == "acts":
+        acts[2, 3], acts[2, 5] = torch.inf, -torch.inf  # their sum is NaN
+    elif where == "target":
+        acts[2], target[2] = 100.0, torch.nan
+    else:
+        target[:] = torch.inf
+    out = keep(acts, target, None, p, per)
+    assert out[2].isnan().all()
+    if where == "every row":
+        assert out.isnan().all()
+    else:
+        assert torch.equal(out[others], without)
+        assert 0 < without.count_nonzero() < (acts[others] > 0).sum()
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300, 5e-324])
+@pytest.mark.parametrize("per", ["row", "batch"])
+@pytest.mark.parametrize("backend", sorted(EVERY_DTYPE))
+def test_float64_sums_do_not_leave_the_range(backend, per, scale):
+    acts = torch.tensor([[3.0, 4.0, 1.0]], dtype=torch.float64) * scale
+    for p, target in ((1, 7), (2, 5)):
+        goal = torch.tensor([target * scale], dtype=torch.float64)
+        out = BACKENDS[backend](acts, goal, None, p, per)
+        assert (out != 0).tolist() == [[True, True, False]]
+
+
 # --- against the oracles ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("with_norms", [False, True])
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("per", ["row", "batch"])
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-def test_agrees_with_brute_force_on_many_rows(dtype, with_norms, backend):
+def test_agrees_with_brute_force_on_many_rows(dtype, p, per, backend):
     if dtype is torch.float64 and backend not in EVERY_DTYPE:
         pytest.skip("the kernels are for float32 and less")
-    interpreted = "triton" in backend and DEVICE == "cpu"
-    rows = 0
     rng = torch.Generator().manual_seed(0)
-    for d_sae in (1, 7, 33, 150) if interpreted else (1, 2, 7, 33, 300, 1100):
-        n = 12 if interpreted else 10_000 if d_sae < 100 else 300
+    kept, positive = 0, 0
+    for d_sae in (7, 150) if is_slow(backend) else (1, 2, 7, 33, 300, 1100):
+        n = 3 if is_slow(backend) else 4_000 if d_sae < 100 else 300
         acts = torch.randn(n, d_sae, generator=rng).relu().to(dtype)
-        decoder_norm = torch.rand(d_sae, generator=rng) + 0.5 if with_norms else None
+        # norms for half of the widths, so that both ways of calling are there
+        decoder_norm = torch.rand(d_sae, generator=rng) + 0.5 if d_sae % 2 else None
         wide = acts.to(torch.promote_types(dtype, torch.float32))
         scores = wide if decoder_norm is None else wide * decoder_norm.to(wide.dtype)
-        # targets from nothing to beyond the norm of everything
-        targets = scores.norm(dim=-1) * torch.rand(n, generator=rng).to(wide.dtype) * 1.2
-        expected = torch.where(
-            torch.from_numpy(keep_brute_force(scores.numpy(), targets.numpy())), acts, 0
-        )
-        assert torch.equal(BACKENDS[backend](acts, targets, decoder_norm), expected)
-        rows += n
-    assert rows == (48 if interpreted else 40_600)
+        # targets from nothing to beyond all of the row
+        share = torch.rand(n, generator=rng).to(wide.dtype) * 1.2
+        targets = share * ((scores > 0).sum(-1) if p == 0 else scores.norm(p, dim=-1))
+        size = n if per == "row" or is_slow(backend) else n // 20  # rows of a batch
+        for some in range(0, n, size):
+            part = slice(some, some + size)
+            out = BACKENDS[backend](acts[part], targets[part], decoder_norm, p, per)
+            mask = keep_brute_force(scores[part].numpy(), targets[part].numpy(), p, per)
+            assert torch.equal(out, torch.where(torch.from_numpy(mask), acts[part], 0))
+        kept, positive = kept + mask.sum(), positive + (acts[part] > 0).sum()
+    assert 0.05 * positive < kept < 0.95 * positive
 
 
 _VALUES = st.one_of(
-    st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0, 0.5, 1e-3, 1e3]),
+    st.sampled_from([0.0, 1.0, 2.0, 3.0, 4.0, 0.5, 2**-10, 1e3]),
     st.floats(0, 100, width=16),
 )
 
@@ -153,12 +216,13 @@ _VALUES = st.one_of(
     norms=st.one_of(
         st.none(), st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=140, max_size=140)
     ),
-    target=st.floats(0, 400, width=16),
+    target=st.floats(-1, 400, width=16),
     exponent=st.integers(-90, 90),  # squares of float32 leave the range of float32
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
     backend=st.sampled_from(sorted(BACKENDS)),
+    p=st.sampled_from([0, 1, 2]),
 )
-def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, backend):
+def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, backend, p):
     if dtype is torch.float64 and backend not in EVERY_DTYPE:
         dtype = torch.float32
     if dtype is torch.float16:
@@ -167,20 +231,63 @@ def test_agrees_with_exact_arithmetic(values, norms, target, exponent, dtype, ba
     norm = None if norms is None else torch.tensor(norms[: len(values)])
     wide = acts.to(torch.promote_types(dtype, torch.float32))
     scores = wide if norm is None else wide * norm
-    t = (torch.tensor([target], dtype=torch.float64) * 2.0**exponent).to(wide.dtype)
-    out = BACKENDS[backend](acts[None], t, norm)[0]
+    unit = 1.0 if p == 0 else 2.0**exponent
+    t = (torch.tensor([target], dtype=torch.float64) * unit).to(wide.dtype)
+    out = BACKENDS[backend](acts[None], t, norm, p)[0]
     expected = torch.zeros_like(acts)
-    kept = kept_exactly(scores.tolist(), t.item())
+    kept = kept_exactly(scores.tolist(), t.item(), p)
     expected[kept] = acts[kept]
     assert torch.equal(out, expected)
 
 
-def test_the_oracles_agree_with_each_other():
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(_VALUES, min_size=1, max_size=80),
+    n_rows=st.integers(1, 5),
+    target=st.lists(st.floats(-1, 200, width=16), min_size=5, max_size=5),
+    bad=st.one_of(st.none(), st.integers(0, 4)),
+    exponent=st.integers(-90, 90),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    backend=st.sampled_from(sorted(BACKENDS)),
+    p=st.sampled_from([0, 1, 2]),
+)
+def test_a_batch_agrees_with_exact_arithmetic(
+    values, n_rows, target, bad, exponent, dtype, backend, p
+):
+    if dtype is torch.float64 and backend not in EVERY_DTYPE:
+        dtype = torch.float32
+    width = -(-len(values) // n_rows)
+    values = values + [1.0] * (n_rows * width - len(values))
+    acts = (torch.tensor(values, dtype=torch.float64).view(n_rows, width) * 2.0**exponent).to(dtype)
+    unit = 1.0 if p == 0 else 2.0**exponent
+    t = torch.tensor(target[:n_rows], dtype=torch.float64) * unit
+    t = t.to(torch.promote_types(dtype, torch.float32))
+    if bad is not None and bad < n_rows:
+        acts[bad, -1] = torch.nan
+    out = BACKENDS[backend](acts, t, None, p, "batch")
+    expected = torch.zeros_like(acts)
+    kept = kept_exactly_of_batch(acts.tolist(), t.tolist(), p)
+    for i in range(n_rows):
+        expected[i, kept[i]] = acts[i, kept[i]]
+        if i == bad:
+            expected[i] = torch.nan
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("p", [0, 1, 2])
+def test_the_oracles_agree_with_each_other(p):
     rng = np.random.default_rng(0)
     scores = np.maximum(rng.integers(-3, 6, (500, 9)), 0).astype(np.float64)
-    targets = rng.uniform(0, 12, 500)
-    for row, target, mask in zip(scores, targets, keep_brute_force(scores, targets), strict=True):
-        assert np.flatnonzero(mask).tolist() == kept_exactly(row.tolist(), target)
+    targets = rng.uniform(-1, 12, 500)
+    masks = keep_brute_force(scores, targets, p)
+    for row, target, mask in zip(scores, targets, masks, strict=True):
+        assert np.flatnonzero(mask).tolist() == kept_exactly(row.tolist(), target, p)
+    for i in range(0, 500, 5):
+        rows, some = scores[i : i + 5], targets[i : i + 5] * 1.5
+        rows[i % 4, 2] = [np.nan, 1.0, -np.inf][i % 3]
+        kept = kept_exactly_of_batch(rows.tolist(), some.tolist(), p)
+        masks = keep_brute_force(rows, some, p, "batch")
+        assert [np.flatnonzero(mask).tolist() for mask in masks] == kept
 
 
 # --- properties ---
@@ -202,6 +309,46 @@ def test_any_leading_shape():
     assert top_afa(acts[:0], target[:0]).shape == (0, 3, 20)
 
 
+@pytest.mark.parametrize("p", [0, 1, 2])
+def test_any_leading_shape_of_a_batch(p):
+    acts, target = _random(4, 3, 20)
+    out = keep_prefix(acts, target, p=p, per="batch")
+    flat = keep_prefix(acts.view(12, 20), target.view(12), p=p, per="batch")
+    assert torch.equal(out, flat.view_as(acts))
+    assert 0 < out.count_nonzero() < (acts > 0).sum()
+    one = keep_prefix(acts[0, 0], target[0, 0], p=p, per="batch")
+    assert torch.equal(one, keep_prefix(acts[0, 0], target[0, 0], p=p))
+    assert keep_prefix(acts[:0], target[:0], p=p, per="batch").shape == (0, 3, 20)
+
+
+def test_top_afa_is_its_case():
+    acts, target = _random(50, 40)
+    norms = torch.rand(40) + 0.5
+    out = top_afa(acts, target, norms)
+    assert torch.equal(out, keep_prefix(acts, target, norms))
+    assert torch.equal(out, keep_prefix(acts, target, norms, p=2, per="row"))
+    assert not torch.equal(out, keep_prefix(acts, target, norms, p=1))
+    assert not torch.equal(out, keep_prefix(acts, target, norms, per="batch"))
+
+
+def test_numbers_of_features_are_what_saelens_keeps():
+    acts = torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    k = torch.full((30,), 7.0)
+    assert torch.equal(keep_prefix(acts, k, p=0), TopK(7)(acts))
+    assert torch.equal(keep_prefix(acts, k, p=0, per="batch"), BatchTopK(7)(acts))
+
+
+def test_a_batch_has_one_threshold():
+    acts, target = _random(30, 40)
+    kept = keep_prefix(acts, target, per="batch") != 0
+    assert acts[kept].min() > acts[~kept].max()
+    norm, total = acts[kept].norm(), target.norm()
+    assert (norm - total).abs() <= acts[kept].min()  # one feature less or more is further away
+    order = torch.randperm(30)
+    permuted = keep_prefix(acts[order], target[order], per="batch")
+    assert torch.equal(permuted != 0, kept[order])
+
+
 def test_non_contiguous_input():
     acts, target = _random(20, 6)
     transposed = torch.empty(6, 20).t().copy_(acts)
@@ -218,10 +365,13 @@ def test_permuting_features_permutes_the_result():
 
 
 @pytest.mark.parametrize("power", [-30, 30])
-def test_scaling_acts_and_target_keeps_the_same_features(power):
+@pytest.mark.parametrize("p", [1, 2])
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_scaling_acts_and_target_keeps_the_same_features(power, p, per):
     acts, target = _random(50, 40)
     scale = 2.0**power
-    assert torch.equal(top_afa(acts * scale, target * scale), top_afa(acts, target) * scale)
+    scaled = keep_prefix(acts * scale, target * scale, p=p, per=per)
+    assert torch.equal(scaled, keep_prefix(acts, target, p=p, per=per) * scale)
 
 
 def test_moving_scale_between_acts_and_norms_keeps_the_same_features():
@@ -238,9 +388,9 @@ def test_not_positive_entries_need_no_relu():
 
 def test_rows_are_independent_across_chunks(monkeypatch):
     acts, target = _random(64, 50)
-    whole = top_afa(acts, target)
-    monkeypatch.setattr(operator, "_CPU_CHUNK", 150)
-    assert torch.equal(top_afa(acts, target), whole)
+    whole = torch_kernel.keep_prefix(acts, target, None, 2, "row")
+    monkeypatch.setattr(torch_kernel, "_CPU_CHUNK", 150)
+    assert torch.equal(torch_kernel.keep_prefix(acts, target, None, 2, "row"), whole)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -259,121 +409,16 @@ def test_a_row_that_is_not_finite_shows_and_stays_alone(keep, bad, where):
     assert torch.equal(out[others], clean[others])
 
 
-# --- the kernels ---
-
-
-@pytest.mark.parametrize("d_sae", [triton_kernel._RESIDENT, triton_kernel._RESIDENT + 100])
-def test_triton_at_the_width_where_rows_no_longer_fit(d_sae):
-    rng = torch.Generator().manual_seed(0)
-    acts = torch.randn(2, d_sae, generator=rng).round(decimals=2)  # with ties
-    target = acts.relu().norm(dim=-1) * torch.tensor([0.1, 0.7])
-    expected = keep_brute_force(acts.numpy(), target.numpy())
-    assert torch.equal(_triton(acts, target), torch.where(torch.from_numpy(expected), acts, 0))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_compiles_for_cards_that_are_not_here(capability):
-    code = f"""
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from sae_afa_plugin.rules.triton_kernel import keep_row, n_warps
-
-for resident, dtype in ((16384, "fp32"), (32768, "bf16"), (0, "fp16")):
-    pointers = dict(acts_ptr="*" + dtype, norms_ptr="*fp32", target_ptr="*fp32")
-    constants = dict(HAS_NORMS=True, RESIDENT=resident, TILE=1024)
-    signature = pointers | dict(out_ptr="*" + dtype, d_sae="i32") | dict.fromkeys(constants, "constexpr")
-    compiled = triton.compile(
-        ASTSource(keep_row, signature, constexprs=constants),
-        target=GPUTarget("cuda", {capability}, 32),
-        options=dict(num_warps=n_warps(resident), enable_fp_fusion=False),
-    )
-    print(len(compiled.asm["cubin"]) > 0)
-"""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.split() == ["True"] * 3, done.stderr
-
-
-def test_numba_is_what_runs_here_and_torch_without_it(monkeypatch):
-    acts, target = _random(40, 300)
-    assert operator.backend(acts) == "numba"
-    assert operator.backend(acts.double()) == "torch"
-    expected = top_afa(acts, target)
-    monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
-    numba_kernel.compiled.cache_clear()
-    try:
-        assert operator.backend(acts) == "torch"
-        assert torch.equal(top_afa(acts, target), expected)
-        with pytest.raises(
-            RuntimeError, match=r"needs Numba: pip install 'sae-afa-plugin\[fast\]'"
-        ):
-            numba_kernel.top_afa(acts, target, None)
-    finally:
-        numba_kernel.compiled.cache_clear()
-
-
-def test_numba_compiles_where_no_cache_can_be_written(monkeypatch):
-    import numba
-
-    def njit(signature, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return numba_njit(signature, **options)
-
-    numba_njit = numba.njit
-    monkeypatch.setattr(numba, "njit", njit)
-    acts, target = _random(40, 300)
-    expected = numba_kernel.top_afa(acts, target, None)
-    numba_kernel.compiled.cache_clear()
-    try:
-        assert torch.equal(numba_kernel.top_afa(acts, target, None), expected)
-    finally:
-        numba_kernel.compiled.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numba_does_not_depend_on_threads_and_chunks(monkeypatch, dtype):
-    acts, target = _random(61, 500)
-    acts = acts.to(dtype)
-    whole = numba_kernel.top_afa(acts, target, None)
-    monkeypatch.setattr(numba_kernel, "_ELEMENTS_PER_THREAD", 1500)
-    monkeypatch.setattr(numba_kernel, "_CONVERTED", 3500)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert torch.equal(numba_kernel.top_afa(acts, target, None), whole)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def test_flushed_denormals_are_not_kept(keep):
-    acts, norms = torch.tensor([[5.0, 3.0, -1.0]]), torch.tensor([0.0, 1.0, 1.0])
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor cannot flush denormals")
-    try:
-        assert keep(acts, torch.tensor([100.0]), norms).tolist() == [[0, 3, 0]]
-    finally:
-        torch.set_flush_denormal(False)
-
-
-def test_numba_looks_again_where_the_next_row_keeps_much_more():
-    # the second row's cut is far below half the cut of the first one
-    acts = torch.cat([torch.full((1, 200), 100.0), torch.full((1, 200), 1.0)])
-    kept = numba_kernel.top_afa(acts, torch.tensor([100.0, 9.9]), None).count_nonzero(-1)
-    assert kept.tolist() == [1, 98]  # sqrt(98) = 9.8995, sqrt(99) = 9.95
-
-
 # --- what autograd and the compiler see ---
 
 
-def test_gradient_passes_to_kept_features_only():
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_gradient_passes_to_kept_features_only(per):
     acts, target = _random(5, 30)
     acts.requires_grad_()
     norms = (torch.rand(30) + 0.5).requires_grad_()
     target = target.clone().requires_grad_()
-    out = top_afa(acts, target, norms)
+    out = keep_prefix(acts, target, norms, per=per)
     weights = torch.randn_like(out)
     (out * weights).sum().backward()
     assert torch.equal(acts.grad, torch.where(out != 0, weights, 0))
@@ -390,28 +435,36 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda a: top_afa(a, target, norms), (acts,))
 
 
-def test_opcheck():
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_opcheck(per):
     acts, target = _random(5, 30)
     torch.library.opcheck(
-        torch.ops.sae_afa_plugin.top_afa.default,
-        (acts.requires_grad_(), target, torch.ones(30)),
+        torch.ops.sae_afa_plugin.keep_prefix.default,
+        (acts.requires_grad_(), target, torch.ones(30), 1, per),
     )
 
 
-def test_compiles_without_graph_breaks():
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_compiles_without_graph_breaks(p, per):
     acts, target = _random(5, 30)
     acts.requires_grad_()
-    compiled = torch.compile(
-        lambda a, t: (2 * top_afa(a, t)).square().sum(), fullgraph=True, backend="aot_eager"
-    )
-    (expected,) = torch.autograd.grad((2 * top_afa(acts, target)).square().sum(), acts)
+
+    def loss(acts, target):
+        return (2 * keep_prefix(acts, target, p=p, per=per)).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    (expected,) = torch.autograd.grad(loss(acts, target), acts)
     (grad,) = torch.autograd.grad(compiled(acts, target), acts)
     assert torch.equal(grad, expected)
+    assert 0 < expected.count_nonzero() < (acts > 0).sum()
 
 
-def test_meta_device():
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_meta_device(per):
     acts = torch.empty(3, 7, 40, device="meta", dtype=torch.bfloat16)
-    out = top_afa(acts, torch.empty(3, 7, device="meta"), torch.empty(40, device="meta"))
+    target, norms = torch.empty(3, 7, device="meta"), torch.empty(40, device="meta")
+    out = keep_prefix(acts, target, norms, p=1, per=per)
     assert (out.shape, out.dtype, out.device.type) == (acts.shape, acts.dtype, "meta")
 
 
@@ -437,3 +490,13 @@ def test_meta_device():
 def test_what_does_not_fit_is_refused(args, message):
     with pytest.raises(ValueError, match=message):
         top_afa(*args)
+
+
+def test_what_keep_prefix_does_not_know_is_refused():
+    acts, target = torch.ones(2, 3), torch.ones(2)
+    with pytest.raises(ValueError, match="^p must be 0, 1 or 2: got 3$"):
+        keep_prefix(acts, target, p=3)
+    with pytest.raises(ValueError, match="^per must be 'row' or 'batch': got 'token'$"):
+        keep_prefix(acts, target, per="token")
+    with pytest.raises(ValueError, match=r"^target must have the shape of acts without its last"):
+        keep_prefix(acts, torch.ones(2, 1))

@@ -108,7 +108,7 @@ def test_under_transforms_and_in_inference_mode():
 def test_without_numba_nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(sparse, "compile_kernel", lambda *args, **options: None)
     assert sparse._loops.__wrapped__() is None
-    assert numba_kernel.compiled() is not None
+    assert numba_kernel.compiled(2) is not None
 
 
 # --- in a training step ---

@@ -1,0 +1,209 @@
+"""What is particular to a backend: widths, threads, caches, cards, and how one is found."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.backends import BACKENDS
+from helpers.oracle import keep_brute_force
+
+from sae_afa_plugin import keep_prefix, rules, top_afa
+from sae_afa_plugin.rules import numba_kernel, operator, triton_kernel
+
+
+def _random(*shape, seed=0, dtype=torch.float32):
+    rng = torch.Generator().manual_seed(seed)
+    acts = torch.randn(*shape, generator=rng, dtype=dtype).relu()
+    return acts, acts.norm(dim=-1) * torch.rand(shape[:-1], generator=rng, dtype=dtype)
+
+
+# --- Triton ---
+
+
+@pytest.mark.parametrize("d_sae", [triton_kernel._RESIDENT, triton_kernel._RESIDENT + 100])
+def test_triton_at_the_width_where_rows_no_longer_fit(d_sae):
+    rng = torch.Generator().manual_seed(0)
+    acts = torch.randn(2, d_sae, generator=rng).round(decimals=2)  # with ties
+    target = acts.relu().norm(dim=-1) * torch.tensor([0.1, 0.7])
+    expected = keep_brute_force(acts.numpy(), target.numpy())
+    out = BACKENDS["triton"](acts, target)
+    assert torch.equal(out, torch.where(torch.from_numpy(expected), acts, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_cards_that_are_not_here(capability):
+    code = f"""
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sae_afa_plugin.rules import triton_kernel as kernels
+
+KINDS = dict(
+    norms="*fp32", target="*fp32", largest="*i32", pivots="*i32", sums="*fp64", cut="*i32",
+    above="*fp64", n_above="*i32", n_equal="*i32", numbers="*i64", values="*fp64", before="*i64",
+)
+
+def compiles(kernel, dtype, resident=0, **constants):
+    constants = dict(HAS_NORMS=True, TILE=1024) | constants
+    kinds = KINDS | dict(acts="*" + dtype, out="*" + dtype)
+    signature = {{
+        name: "constexpr" if name in constants else kinds[name.removesuffix("_ptr")]
+        for name in kernel.arg_names if name != "d_sae"
+    }} | dict(d_sae="i32")
+    signature = {{name: signature[name] for name in kernel.arg_names}}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs=constants),
+        target=GPUTarget("cuda", {capability}, 32),
+        options=dict(num_warps=kernels.n_warps(resident), enable_fp_fusion=False),
+    )
+    print(len(compiled.asm["cubin"]) > 0)
+
+for resident, dtype, p in ((16384, "fp32", 2), (32768, "bf16", 1), (0, "fp16", 0)):
+    compiles(kernels.keep_row, dtype, resident, P=p, RESIDENT=resident)
+compiles(kernels.scan_row, "fp32")
+for kernel, p in ((kernels.sum_row, 2), (kernels.count_row, 1), (kernels.write_row, 0)):
+    compiles(kernel, "bf16", P=p)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.split() == ["True"] * 7, done.stderr
+
+
+# --- Numba ---
+
+
+def test_numba_is_what_runs_here_and_torch_without_it(monkeypatch):
+    acts, target = _random(40, 300)
+    assert operator.backend(acts) == "numba"
+    assert operator.backend(acts.double()) == "torch"
+    expected = top_afa(acts, target)
+    monkeypatch.setitem(sys.modules, "numba", None)  # as if it were not installed
+    numba_kernel.compiled.cache_clear()
+    try:
+        assert operator.backend(acts) == "torch"
+        assert torch.equal(top_afa(acts, target), expected)
+        with pytest.raises(
+            RuntimeError, match=r"needs Numba: pip install 'sae-afa-plugin\[fast\]'"
+        ):
+            numba_kernel.keep_prefix(acts, target, None, 2, "row")
+    finally:
+        numba_kernel.compiled.cache_clear()
+
+
+def test_numba_compiles_where_no_cache_can_be_written(monkeypatch):
+    import numba
+
+    def njit(signature, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return numba_njit(signature, **options)
+
+    numba_njit = numba.njit
+    monkeypatch.setattr(numba, "njit", njit)
+    acts, target = _random(40, 300)
+    expected = numba_kernel.keep_prefix(acts, target, None, 2, "row")
+    numba_kernel.compiled.cache_clear()
+    try:
+        assert torch.equal(numba_kernel.keep_prefix(acts, target, None, 2, "row"), expected)
+    finally:
+        numba_kernel.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0, 1, 2])
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_numba_does_not_depend_on_threads_and_chunks(monkeypatch, dtype, p, per):
+    acts, target = _random(61, 500)
+    acts = acts.round(decimals=1).to(dtype)  # with ties across the parts
+    whole = numba_kernel.keep_prefix(acts, target, None, p, per)
+    monkeypatch.setattr(numba_kernel, "_ELEMENTS_PER_THREAD", 1500)
+    monkeypatch.setattr(numba_kernel, "_CONVERTED", 3500)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(numba_kernel.keep_prefix(acts, target, None, p, per), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("per", ["row", "batch"])
+@pytest.mark.parametrize("name", sorted(BACKENDS))
+def test_flushed_denormals_are_not_kept(name, per):
+    acts, norms = torch.tensor([[5.0, 3.0, -1.0]]), torch.tensor([0.0, 1.0, 1.0])
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush denormals")
+    try:
+        for target in (0.0, 100.0):
+            out = BACKENDS[name](acts, torch.tensor([target]), norms, 2, per)
+            assert out.tolist() == [[0, 3, 0]]
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("per", ["row", "batch"])
+def test_numba_keeps_the_smallest_score_of_the_bucket_above_the_cut(per):
+    # 2 is the first number of the bucket above that of 1.97, and 1.4 features are nearer to 1 than to 2
+    acts = torch.tensor([[1.97, 2.0]])
+    out = numba_kernel.keep_prefix(acts, torch.tensor([1.4]), None, 0, per)
+    assert out.tolist() == [[0, 2]]
+
+
+def test_numba_looks_again_where_the_next_row_keeps_much_more():
+    # the second row's cut is far below half the cut of the first one
+    acts = torch.cat([torch.full((1, 200), 100.0), torch.full((1, 200), 1.0)])
+    kept = numba_kernel.keep_prefix(acts, torch.tensor([100.0, 9.9]), None, 2, "row").count_nonzero(
+        -1
+    )
+    assert kept.tolist() == [1, 98]  # sqrt(98) = 9.8995, sqrt(99) = 9.95
+
+
+# --- finding them ---
+
+NEW_BACKEND = """
+from sae_afa_plugin.rules.operator import Backend
+
+def keep_prefix(acts, target, decoder_norm, p, per):
+    return -acts
+
+BACKEND = Backend("new", -1, lambda acts, p, per: p == 1 and per == "row", keep_prefix)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder whose modules belong to the package of rules."""
+    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
+    before = set(sys.modules)
+    operator.backends.cache_clear()
+    yield tmp_path
+    operator.backends.cache_clear()
+    for name in set(sys.modules) - before:
+        if name.startswith(rules.__name__):
+            del sys.modules[name], rules.__dict__[name.rpartition(".")[2]]
+
+
+def test_a_new_backend_is_a_new_file(folder):
+    acts, target = _random(40, 300)
+    expected = BACKENDS["numba"](acts, target)
+    (folder / "new_kernel.py").write_text(NEW_BACKEND)
+    (folder / "new_helper.py").write_text("raise AssertionError('not a backend')")
+    assert torch.equal(keep_prefix(acts, target, p=1), -acts)
+    assert operator.backend(acts, p=1) == "new"
+    assert operator.backend(acts, p=1, per="batch") == operator.backend(acts) == "numba"
+    assert torch.equal(keep_prefix(acts, target), expected)
+
+
+def test_a_backend_in_a_language_that_is_not_installed_is_left_out(folder):
+    (folder / "new_kernel.py").write_text("import a_language_that_is_not_installed")
+    assert [each.name for each in operator.backends()] == ["numba", "triton", "torch"]
+
+
+def test_a_backend_with_a_mistake_is_not_passed_over(folder):
+    (folder / "new_kernel.py").write_text("from sae_afa_plugin.rules.operator import Backends")
+    with pytest.raises(ImportError, match="cannot import name 'Backends'"):
+        operator.backends()
