@@ -11,11 +11,11 @@ from pathlib import Path
 
 import wandb.errors
 from rich.console import Console
-from sae_lens.llm_sae_training_runner import _parse_cfg_args
 from safetensors import SafetensorError
 
 import sae_afa_plugin
 from sae_afa_plugin import __version__
+from sae_afa_plugin._upstream import parse_runner_config
 from sae_afa_plugin.activations.embedded import embedded_model_facts
 from sae_afa_plugin.activations.language_model import LanguageModelActivations, Reading
 from sae_afa_plugin.activations.models import check_model_name
@@ -219,7 +219,7 @@ def _demo(model: str, out: Path) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    cfg = _parse_cfg_args(arguments)
+    cfg = parse_runner_config(arguments)
     if cfg.output_path == "None":  # SAELens's parser keeps the word
         cfg.output_path = None
     if cfg.model_class_name == "HookedTransformer":

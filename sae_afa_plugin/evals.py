@@ -15,11 +15,10 @@ import sae_lens
 import torch
 from sae_lens import SAE
 from sae_lens.evals import EvalConfig
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 
+from sae_afa_plugin._upstream import ActivationScaler, get_special_token_ids
 from sae_afa_plugin.activations.hooks import hook_in, stop_layer
 from sae_afa_plugin.metrics import TokenColumns, is_finite, summarize
 from sae_afa_plugin.spaces import linear_code, why_not

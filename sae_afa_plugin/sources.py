@@ -24,23 +24,22 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from sae_lens import SAE
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
-from sae_lens.loading.pretrained_sae_loaders import (
-    get_conversion_loader_name,
-    get_sae_lens_config_from_disk,
-    handle_config_defaulting,
-    load_sae_config_from_huggingface,
-)
-from sae_lens.loading.pretrained_saes_directory import (
-    get_norm_scaling_factor,
-    get_pretrained_saes_directory,
-    get_repo_id_and_folder_name,
-)
-from sae_lens.registry import get_sae_class
 from safetensors import SafetensorError
 from torch import Tensor
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import (
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    get_conversion_loader_name,
+    get_norm_scaling_factor,
+    get_pretrained_saes_directory,
+    get_repo_id_and_folder_name,
+    get_sae_class,
+    get_sae_lens_config_from_disk,
+    handle_config_defaulting,
+    load_sae_config_from_huggingface,
+)
 from sae_afa_plugin.spaces import linear_code, why_not
 
 _SHOWN_IDS = 8

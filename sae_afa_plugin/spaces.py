@@ -14,18 +14,22 @@ finds z, f and the decoder for every family of SAELens, so that metrics need not
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from sae_lens import SAE
-from sae_lens.saes.batchtopk_sae import BatchTopK
-from sae_lens.saes.transcoder import Transcoder
 from torch import Tensor
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import (
+    Transcoder,
+    encodes_batches,
+    left_as_it_was,
+    normalized_input,
+    reconstruction_of,
+)
 from sae_afa_plugin.metrics import AFATokenMetrics, metrics_from_sums, norm_along_last
 
 # Share of active features up to which summing decoder rows is faster than the whole product:
@@ -305,19 +309,18 @@ class SAELensCode(LinearCode):
         if sae.cfg.architecture() == "matching_pursuit" and not sae.cfg.apply_b_dec_to_input:
             b_dec = torch.zeros_like(b_dec)
         self._set_decoder(sae.W_dec, b_dec, unit_rows=on_unit_rows)
-        self.per_token = not isinstance(getattr(sae, "activation_fn", None), BatchTopK)
+        self.per_token = not encodes_batches(sae)
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        with _left_as_it_was(self.sae):
+        with left_as_it_was(self.sae):
             f = self.sae.encode(x)
         return f.to_dense() if f.is_sparse else f
 
     @override
     def target(self, x: Tensor, x_out: Tensor | None) -> Tensor:
         if not isinstance(self.sae, Transcoder):
-            with _left_as_it_was(self.sae):
-                return self.sae.run_time_activation_norm_fn_in(x.to(self.sae.dtype))
+            return normalized_input(self.sae, x)
         if x_out is None:
             raise ValueError(
                 "a transcoder's features reconstruct the activation at its output hook: pass it "
@@ -328,33 +331,9 @@ class SAELensCode(LinearCode):
 
     @override
     def decoded(self, x: Tensor) -> Tensor | None:
-        sae = self.sae
-        seen: list[Tensor] = []
-        sae.hook_sae_recons.add_hook(lambda tensor, *, hook: seen.append(tensor))
-        try:
-            with _left_as_it_was(sae):
-                f = sae.encode(x)
-                sae.decode(f.to_dense() if f.is_sparse else f)
-        finally:
-            sae.hook_sae_recons.fwd_hooks.pop().hook.remove()
+        seen = reconstruction_of(self.sae, x)
         # a decoder that does not say what it makes cannot be known to be right
-        return seen[0] if seen else x.new_full((len(x), self.W_dec.shape[1]), torch.nan)
-
-
-@contextmanager
-def _left_as_it_was(sae: SAE[Any]) -> Generator[None]:
-    """Let an SAE for attention heads take ``[..., d_in]`` as all others do, and leave no traces.
-
-    Normalisations leave what they have subtracted on the SAE until it decodes.
-    """
-    attributes = vars(sae)
-    before = dict(attributes)
-    sae.turn_off_forward_pass_hook_z_reshaping()
-    try:
-        yield
-    finally:
-        attributes.clear()
-        attributes.update(before)
+        return x.new_full((len(x), self.W_dec.shape[1]), torch.nan) if seen is None else seen
 
 
 class DictionaryCode(LinearCode):

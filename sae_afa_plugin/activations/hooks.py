@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from sae_lens.load_model import HookedProxyLM
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name
+
+from sae_afa_plugin._upstream import HookedProxyLM, extract_stop_at_layer_from_tlens_hook_name
 
 
 def hook_in(model: Any, metadata: Mapping[str, Any], suffix: str = "") -> str | None:

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens.load_model import load_model
-from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
+from sae_afa_plugin._upstream import (
+    MODEL_ALIASES,
+    OFFICIAL_MODEL_NAMES,
+    TransformerBridge,
+    load_model,
+)
 from sae_afa_plugin.activations.embedded import (
     ASSETS,
     EMBEDDED_NAME,

@@ -13,11 +13,14 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
-from sae_lens.tokenization_and_batching import concat_and_batch_sequences
-from sae_lens.util import get_special_token_ids
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_afa_plugin._upstream import (
+    concat_and_batch_sequences,
+    dataset_fingerprint,
+    get_special_token_ids,
+)
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.options import flag
 
@@ -310,7 +313,7 @@ def content_of(dataset: AnyDataset) -> str | None:
     if isinstance(dataset, Tensor):
         return hashlib.sha256(dataset.cpu().numpy().tobytes()).hexdigest()[:16]
     if isinstance(dataset, Dataset):
-        return dataset._fingerprint
+        return dataset_fingerprint(dataset)
     if not isinstance(dataset, str | Path) or not Path(dataset).exists():
         return None
     place = Path(dataset)

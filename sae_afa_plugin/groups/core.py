@@ -10,10 +10,10 @@ import sae_lens
 import torch
 from datasets import Dataset
 from sae_lens.evals import EvalConfig
-from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import ActivationScaler
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.hooks import device_of
 from sae_afa_plugin.groups.base import Accumulator, Column, GroupResult, MetricGroup

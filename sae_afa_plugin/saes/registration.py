@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 
 from sae_lens import register_sae_class, register_sae_training_class
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 
+from sae_afa_plugin._upstream import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_afa_plugin.saes.topafa import (
     ARCHITECTURE,
     TopAFASAE,

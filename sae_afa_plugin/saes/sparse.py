@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae_afa_plugin._upstream import is_transformed
 from sae_afa_plugin.rules.numba_kernel import compile_kernel, in_threads
 
 _FEW = 0.02  # the share of active features below which the loops are faster
@@ -54,8 +55,7 @@ def decode(feature_acts: Tensor, W_dec: Tensor, zeros_stay_zero: bool = False) -
 def _is_possible(feature_acts: Tensor, W_dec: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # torch.func.vmap and its like
-        and torch.autograd.forward_ad._current_level < 0
+        and not is_transformed()
         # the loops look at no bounds: what does not fit is left to @ and its message
         and W_dec.ndim == 2
         and feature_acts.ndim > 0

@@ -28,9 +28,9 @@ from sae_lens.saes.sae import (
 )
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformer_lens.hook_points import HookPoint
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import has_gradient_hook, has_hooks
 from sae_afa_plugin.metrics import AFATokenMetrics, norm_along_last, token_metrics
 from sae_afa_plugin.rules.operator import top_afa
 from sae_afa_plugin.saes import sparse
@@ -298,18 +298,6 @@ def _hold_unit_rows(W_dec: Tensor) -> None:
         grad.addcmul_(rows, along[:, None], value=-1)
 
 
-def _has_hooks(point: HookPoint) -> bool:
-    """Hooks of TransformerLens and of PyTorch itself."""
-    return bool(
-        point.fwd_hooks
-        or point.bwd_hooks
-        or point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
-
-
 class _FeatureNorm(torch.autograd.Function):
     """``||f * decoder_norm||`` of each token, which keeps no ``[..., d_sae]`` of its own."""
 
@@ -356,8 +344,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
 
     def _hold_decoder_rows(self) -> None:
         """Put the hook on the decoder, unless it is there: copying or loading may lose it."""
-        hooks = getattr(self.W_dec, "_post_accumulate_grad_hooks", None) or {}
-        if self.W_dec.requires_grad and _hold_unit_rows not in hooks.values():
+        if self.W_dec.requires_grad and not has_gradient_hook(self.W_dec, _hold_unit_rows):
             self.W_dec.register_post_accumulate_grad_hook(_hold_unit_rows)
 
     @override
@@ -388,7 +375,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         sae_in = self.process_sae_in(step_input.sae_in)
         decoder_norm = self.decoder_norm()
         b_enc = self.b_enc
-        if not (step_input.sae_in.requires_grad or _has_hooks(self.hook_sae_input)):
+        if not (step_input.sae_in.requires_grad or has_hooks(self.hook_sae_input)):
             # Of the input's gradient only the part of b_dec is wanted, which is one row. The
             # matrix is not computed for it: b_dec acts through a bias of zero instead.
             b_enc = b_enc - (self.b_dec - self.b_dec.detach()) @ self.W_enc.detach()
@@ -397,7 +384,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         z = (sae_in + self.b_dec).detach()
         # the rule stops the gradient of what it leaves out, unless a hook came in between
         z_recons = self.decode_normalized(
-            feature_acts, zeros_stay_zero=not _has_hooks(self.hook_sae_acts_post)
+            feature_acts, zeros_stay_zero=not has_hooks(self.hook_sae_acts_post)
         )
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
 

@@ -17,9 +17,9 @@ from sae_lens import (
     MultiSAETrainingRunnerConfig,
     SAETrainer,
 )
-from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import MultiSAETrainer
 from sae_afa_plugin.activations.hooks import check_hook
 from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
 

@@ -1,0 +1,190 @@
+"""Every lean on what another library does not promise, in one place.
+
+Read at sae-lens 6.54.12, transformer-lens 3.9.0, torch 2.13.0, datasets 5.2.0. What is here is not
+exported at the top of its library, or begins with an underscore. ``tests/unit/test_upstream.py``
+has a test for each name: when a library moves on, that test says which of these has to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+# SAELens: how its command reads a configuration, how text becomes sequences
+from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.llm_sae_training_runner import _parse_cfg_args as parse_runner_config
+
+# SAELens: language models, and hooks that are modules' outputs
+from sae_lens.load_model import HookedProxyLM, load_model
+
+# SAELens: its catalogue, and configs before weights
+from sae_lens.loading.pretrained_sae_loaders import (
+    get_conversion_loader_name,
+    get_sae_lens_config_from_disk,
+    handle_config_defaulting,
+    load_sae_config_from_huggingface,
+)
+from sae_lens.loading.pretrained_saes_directory import (
+    get_norm_scaling_factor,
+    get_pretrained_saes_directory,
+    get_repo_id_and_folder_name,
+)
+
+# SAELens: which classes stand for which names
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from sae_lens.saes.batchtopk_sae import BatchTopK
+from sae_lens.saes.transcoder import Transcoder
+from sae_lens.tokenization_and_batching import concat_and_batch_sequences
+
+# SAELens: training
+from sae_lens.training.activation_scaler import ActivationScaler
+from sae_lens.training.multi_sae_trainer import MultiSAETrainer
+from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from torch import Tensor
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
+from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+
+__all__ = [
+    "MODEL_ALIASES",
+    "OFFICIAL_MODEL_NAMES",
+    "SAE_CFG_FILENAME",
+    "SAE_CLASS_REGISTRY",
+    "SAE_TRAINING_CLASS_REGISTRY",
+    "SAE_WEIGHTS_FILENAME",
+    "ActivationScaler",
+    "HookedProxyLM",
+    "MultiSAETrainer",
+    "Transcoder",
+    "TransformerBridge",
+    "concat_and_batch_sequences",
+    "convert_gpt2_weights",
+    "dataset_fingerprint",
+    "encodes_batches",
+    "extract_stop_at_layer_from_tlens_hook_name",
+    "get_conversion_loader_name",
+    "get_norm_scaling_factor",
+    "get_pretrained_saes_directory",
+    "get_repo_id_and_folder_name",
+    "get_sae_class",
+    "get_sae_lens_config_from_disk",
+    "get_special_token_ids",
+    "handle_config_defaulting",
+    "has_gradient_hook",
+    "has_hooks",
+    "is_transformed",
+    "left_as_it_was",
+    "load_model",
+    "load_sae_config_from_huggingface",
+    "normalized_input",
+    "parse_runner_config",
+    "reconstruction_of",
+]
+
+
+# --- torch ---
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` (vmap and its like) or forward-mode differentiation is at work."""
+    return (
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def has_gradient_hook(parameter: Tensor, hook: Any) -> bool:
+    """Whether a hook is registered for when this parameter's gradient is complete."""
+    hooks = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return hook in hooks.values()
+
+
+# --- TransformerLens ---
+
+
+def has_hooks(point: Any) -> bool:
+    """Whether a hook point has hooks of TransformerLens or of PyTorch itself.
+
+    Args:
+        point: A ``HookPoint``.
+    """
+    return bool(
+        point.fwd_hooks
+        or point.bwd_hooks
+        or point._forward_hooks
+        or point._forward_pre_hooks
+        or point._backward_hooks
+        or point._backward_pre_hooks
+    )
+
+
+# --- SAELens ---
+
+
+def encodes_batches(sae: Any) -> bool:
+    """Whether an SAE of SAELens chooses its features for a whole batch at once.
+
+    Args:
+        sae: The SAE.
+    """
+    return isinstance(getattr(sae, "activation_fn", None), BatchTopK)
+
+
+@contextmanager
+def left_as_it_was(sae: Any) -> Generator[None]:
+    """Let an SAE for attention heads take ``[..., d_in]`` as all others do, and leave no traces.
+
+    Its normalisations put what they have subtracted on the SAE until it decodes; switching the
+    reshaping off does not remember what it was.
+
+    Args:
+        sae: An SAE of SAELens.
+    """
+    attributes = vars(sae)
+    before = dict(attributes)
+    sae.turn_off_forward_pass_hook_z_reshaping()
+    try:
+        yield
+    finally:
+        attributes.clear()
+        attributes.update(before)
+
+
+def normalized_input(sae: Any, x: Tensor) -> Tensor:
+    """The input as the SAE normalises it, before it subtracts the bias: z ``[..., d_in]``.
+
+    Args:
+        sae: An SAE of SAELens.
+        x: Activations ``[..., d_in]``.
+    """
+    with left_as_it_was(sae):
+        return sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
+
+
+def reconstruction_of(sae: Any, x: Tensor) -> Tensor | None:
+    """What ``hook_sae_recons`` sees when the SAE encodes and decodes; None if it is not called.
+
+    Args:
+        sae: An SAE of SAELens.
+        x: Activations ``[..., d_in]``.
+    """
+    seen: list[Tensor] = []
+    sae.hook_sae_recons.add_hook(lambda tensor, *, hook: seen.append(tensor))
+    try:
+        with left_as_it_was(sae):
+            f = sae.encode(x)
+            sae.decode(f.to_dense() if f.is_sparse else f)
+    finally:
+        sae.hook_sae_recons.fwd_hooks.pop().hook.remove()
+    return seen[0] if seen else None
+
+
+# --- datasets ---
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """What datasets itself tells datasets apart by."""
+    return dataset._fingerprint
