@@ -23,6 +23,7 @@ from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sources import Excluded
 from sae_afa_plugin.training.coordinator import train_saes
 from sae_afa_plugin.training.run import SAETraining
+from sae_afa_plugin.training.stream import default_block
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -43,7 +44,8 @@ class Comparison:
         dead_feature_window: A feature is dead after so many silent steps. 20 batches of 1,024 are
             the tokens that the paper takes.
         seed: For the initial weights and the order of tokens.
-        block_tokens: Tokens that are mixed at once, a multiple of the batch; None: about 65,536.
+        block_tokens: Tokens that are mixed at once, a multiple of the batch; None: about 65,536,
+            or all where there are fewer.
         checkpoint_seconds: A kill costs about this much.
     """
 
@@ -121,7 +123,9 @@ def train_and_evaluate(
             "prepend_bos": True,
             "exclude_special_tokens": True,
         },
-        block_tokens=setup.block_tokens,
+        # a short training need not read a whole block
+        block_tokens=setup.block_tokens
+        or min(default_block(setup.batch_size), trainer.total_training_samples),
         checkpoint_seconds=setup.checkpoint_seconds,
     )
     to_evaluate: dict[str, Any] = {
