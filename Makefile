@@ -55,6 +55,7 @@ performance: $(INSTALLED)
 	$(BIN)/python benchmarks/activation.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --growth
+	$(BIN)/python benchmarks/several.py
 	$(BIN)/python benchmarks/evaluator.py
 
 bench: $(INSTALLED)

@@ -1,9 +1,9 @@
 """Top-AFA beside TopK and BatchTopK on SmolLM2-135M: python benchmarks/architectures.py.
 
-First pass of the model: top-AFA at two coefficients, TopK and BatchTopK at k = 32, 64, 128.
-Second pass, on the same tokens: TopK and BatchTopK at the L0 that each top-AFA SAE settled at.
-All are trained by SAELens's MultiSAETrainingRunner on the same batches and scored on held-out
-tokens. Leaves the SAEs, the logs and architectures.md in the output folder.
+First: top-AFA at two coefficients, TopK and BatchTopK at k = 32, 64, 128.
+Then, on the same tokens: TopK and BatchTopK at the L0 that each top-AFA SAE settled at.
+All are trained on the same batches and scored on held-out tokens. Leaves the SAEs, their logs and
+architectures.md in the output folder; interrupted and started again, it goes on where it was.
 
 On 2 cores this takes about half an hour. It needs the extra 'smollm'.
 """

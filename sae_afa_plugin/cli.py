@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="train top-AFA, TopK and BatchTopK SAEs on a small language model and compare them",
         description="Train top-AFA, TopK and BatchTopK SAEs on the residual stream of a language "
-        "model, in one pass of it with SAELens's own trainer, and compare them on held-out text. "
-        "No network is needed.",
+        "model, on the same activations, and compare them on held-out text. No network is needed. "
+        "Interrupted and started again, it goes on where it was.",
         allow_abbrev=False,
     )
     demo.add_argument(
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("output/demo"),
-        help="folder for the trained SAEs, the training log and the results (default: %(default)s)",
+        help="folder for the trained SAEs with their logs, and the results (default: %(default)s)",
     )
 
     add_evaluate(commands)
@@ -213,8 +213,10 @@ def _demo(model: str, out: Path) -> None:
             f"{facts['validation_bits_per_token']:.2f} bits per token "
             f"(unigram entropy {facts['unigram_bits_per_token']:.2f})."
         )
+    for name, reason in results.metadata["refused"].items():
+        console.print(f"{name} is not in the table: {reason}", markup=False)
     report = sae_afa_plugin.write_report(results, out / EVALUATION_FOLDER)
-    console.print(f"SAEs and training log: {out}\nResults: {out / EVALUATION_FOLDER}")
+    console.print(f"SAEs and training logs: {out}\nResults: {out / EVALUATION_FOLDER}")
     console.print(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
 
 
@@ -265,7 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(rest)
     except KeyboardInterrupt:
         print(f"\nsae-afa {args.command}: interrupted", file=sys.stderr)  # noqa: T201
-        if args.command in ("evaluate", "record"):
+        if args.command in ("demo", "evaluate", "record"):
             print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
         return 130
     except _USERS_MISTAKES as error:

@@ -1,4 +1,4 @@
-"""The demonstration: top-AFA, TopK and BatchTopK on one pass of a real language model."""
+"""The demonstration: top-AFA, TopK and BatchTopK on the same activations of a real language model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ DEMOS = {
         d_in=192,
         d_sae=1536,
         afa_coefficient=1 / 128,
-        k=242,
+        k=245,
         setup=Comparison("blocks.4.hook_resid_pre", training_tokens=256 * 1024),
     ),
     "smollm2": Demo(
@@ -72,14 +72,16 @@ DEMOS = {
 
 
 def run_demo(name: str, out: Path) -> AFAResults:
-    """Train and evaluate the three architectures; SAEs, log and results are left in ``out``.
+    """Train and evaluate the three architectures; SAEs, logs and results are left in ``out``.
+
+    Interrupted and called again, it goes on where it was.
 
     Args:
         name: A key of ``DEMOS``.
         out: Folder for the results.
     """
     demo = DEMOS[name]
-    # It warns that a model and a dataset were passed in, which is what happens here.
+    # it warns that a model and a dataset were passed in, which is what happens here
     logging.getLogger("sae_lens").setLevel(logging.ERROR)
     model = demo.load()
     context = demo.setup.context_size

@@ -1,7 +1,7 @@
-"""Train several SAEs on one pass of a language model and compare them on held-out tokens.
+"""Train several SAEs on one language model and compare them on held-out tokens.
 
-What ``sae-afa demo`` and ``benchmarks/architectures.py`` have in common. Training is SAELens's
-``MultiSAETrainingRunner``; what is scored is the saved inference SAE, as a user would load it.
+What ``sae-afa demo`` and ``benchmarks/architectures.py`` have in common. What is scored is the
+saved inference SAE, as a user would load it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from sae_lens import (
-    BatchTopKTrainingSAEConfig,
-    MultiSAETrainingRunnerConfig,
-    TopKTrainingSAEConfig,
-    TrainingSAEConfig,
-)
-from sae_lens.config import LoggingConfig
+from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, TrainingSAEConfig
+from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
+from sae_afa_plugin.activations.hooks import device_of
+from sae_afa_plugin.activations.language_model import LanguageModelActivations
+from sae_afa_plugin.activations.tokens import Protocol
 from sae_afa_plugin.evaluation import evaluate_saes
 from sae_afa_plugin.results import AFAResults
-from sae_afa_plugin.training.runners import LoggedMultiTrainingRunner
+from sae_afa_plugin.sources import Excluded
+from sae_afa_plugin.training.coordinator import train_saes
+from sae_afa_plugin.training.run import SAETraining
+from sae_afa_plugin.training.stream import default_block
 
 EVALUATION_FOLDER = "evaluation"
 
@@ -42,7 +41,12 @@ class Comparison:
         batch_size: Tokens in one training step.
         lr: Learning rate of Adam.
         adam_beta2: Second moment decay; the paper uses 0.99.
-        seed: For the initial weights and the mixing of activations.
+        dead_feature_window: A feature is dead after so many silent steps. 20 batches of 1,024 are
+            the tokens that the paper takes.
+        seed: For the initial weights and the order of tokens.
+        block_tokens: Tokens that are mixed at once, a multiple of the batch; None: about 65,536,
+            or all where there are fewer.
+        checkpoint_seconds: A kill costs about this much.
     """
 
     hook_name: str
@@ -53,7 +57,10 @@ class Comparison:
     batch_size: int = 1024
     lr: float = 3e-4
     adam_beta2: float = 0.99
+    dead_feature_window: int = 20
     seed: int = 42
+    block_tokens: int | None = None
+    checkpoint_seconds: float = 10.0
 
 
 def train_and_evaluate(
@@ -65,7 +72,9 @@ def train_and_evaluate(
     setup: Comparison,
     out: Path,
 ) -> AFAResults:
-    """Train SAEs on one pass of the model, save them in ``out`` and evaluate what was saved.
+    """Train SAEs on the same activations, save them in ``out`` and evaluate what was saved.
+
+    Interrupted and called again, it goes on where it was; with more SAEs, only those are trained.
 
     Args:
         model: A ``HookedTransformer`` or ``TransformerBridge`` with a tokenizer.
@@ -74,66 +83,78 @@ def train_and_evaluate(
         training_tokens: int64 ``[n, context_size]``, used again from the start when they run out.
         heldout_tokens: int64 ``[m, context_size]``.
         setup: What the SAEs share.
-        out: Folder for the SAEs, ``training_log.jsonl`` and ``evaluation``, which must not hold
-            another evaluation.
+        out: Folder for the SAEs, with the log of each, and for ``evaluation``.
 
     Returns:
         The AFA metric and SAELens's own metrics of each SAE, with ``training_seconds`` (of this SAE
-        alone, without the language model) and ``seconds_per_step`` in the summary.
-    """
-    torch.manual_seed(setup.seed)
-    steps = setup.training_tokens // setup.batch_size
-    out.mkdir(parents=True, exist_ok=True)  # before hours are spent
-    runner = LoggedMultiTrainingRunner(
-        MultiSAETrainingRunnerConfig(
-            saes=saes,
-            hook_names=setup.hook_name,
-            model_name=model_name,
-            model_from_pretrained_kwargs={},
-            context_size=setup.context_size,
-            training_tokens=steps * setup.batch_size,
-            train_batch_size_tokens=setup.batch_size,
-            n_batches_in_buffer=128,
-            lr=setup.lr,
-            adam_beta2=setup.adam_beta2,
-            # TopK's auxiliary loss refuses layer_norm, so no SAE of a comparison may have one
-            dead_feature_window=steps + 1,
-            exclude_special_tokens=True,
-            seed=setup.seed,
-            logger=LoggingConfig(log_to_wandb=False),
-            checkpoint_path=None,
-            output_path=str(out),
-        ),
-        override_dataset=Dataset.from_dict(
-            {"tokens": training_tokens.tolist()}
-        ).to_iterable_dataset(),
-        override_model=model,
-    )
-    runner.run()
+        alone, without the language model) and ``seconds_per_step`` in the summary. SAEs that were
+        left behind are in ``metadata["refused"]`` with the reason.
 
+    Raises:
+        ValueError: If a folder in ``out`` holds another training, or no SAE is left.
+    """
+    if EVALUATION_FOLDER in saes:
+        raise ValueError(f"the folder {EVALUATION_FOLDER!r} is for the results: use another name")
+    steps = setup.training_tokens // setup.batch_size
+    trainer = SAETrainerConfig(
+        total_training_samples=steps * setup.batch_size,
+        train_batch_size_samples=setup.batch_size,
+        lr=setup.lr,
+        adam_beta2=setup.adam_beta2,
+        dead_feature_window=setup.dead_feature_window,
+        device=str(device_of(model)),
+    )
+    trained = train_saes(
+        {
+            name: SAETraining(cfg, setup.hook_name, trainer, setup.seed)
+            for name, cfg in saes.items()
+        },
+        LanguageModelActivations(
+            model,
+            training_tokens,
+            Protocol(training_tokens.numel(), setup.context_size, prepend_bos=True),
+        ),
+        out,
+        metadata={
+            "model_name": model_name,
+            "model_class_name": "HookedTransformer",
+            "model_from_pretrained_kwargs": {},
+            "context_size": setup.context_size,
+            "prepend_bos": True,
+            "exclude_special_tokens": True,
+        },
+        # a short training need not read a whole block
+        block_tokens=setup.block_tokens
+        or min(default_block(setup.batch_size), trainer.total_training_samples),
+        checkpoint_seconds=setup.checkpoint_seconds,
+    )
+    to_evaluate: dict[str, Any] = {
+        name: one.folder if one.reason is None else Excluded(one.reason)
+        for name, one in trained.items()
+    }
     results = evaluate_saes(
-        {name: out / name for name in saes},
+        to_evaluate,
         model,
         heldout_tokens,
+        out=out / EVALUATION_FOLDER,
         n_tokens=setup.heldout_tokens,
         core=True,
         core_tokens=setup.ce_tokens,
     )
-    log = runner.log
+    names = [str(name) for name in results.summary.index if name in saes]
     # what it was trained as: a BatchTopK SAE is saved as a JumpReLU one
-    results.summary["trained_as"] = [cfg.architecture() for cfg in saes.values()]
-    results.summary["training_seconds"] = [log.seconds[name] for name in saes]
-    results.summary["seconds_per_step"] = [log.seconds[name] / log.steps[name] for name in saes]
+    for column, values in {
+        "trained_as": {name: saes[name].architecture() for name in names},
+        "training_seconds": {name: trained[name].seconds for name in names},
+        "seconds_per_step": {name: trained[name].seconds / trained[name].step for name in names},
+    }.items():
+        results.summary[column] = results.summary.index.map(values)
     results.save(out / EVALUATION_FOLDER)
     return results
 
 
 def topk_pair(d_in: int, d_sae: int, k: int) -> tuple[TrainingSAEConfig, TrainingSAEConfig]:
-    """TopK and BatchTopK on the same inputs and initial decoder norm as top-AFA.
-
-    The loss remains SAELens's: for them it is the error in the space of x, not of z, so tokens
-    with a large variance count more than in the NMSE that is reported.
-    """
+    """TopK and BatchTopK on the same inputs and with the same initial decoder norm as top-AFA."""
     shared: dict[str, Any] = {
         "d_in": d_in,
         "d_sae": d_sae,

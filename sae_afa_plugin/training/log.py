@@ -4,19 +4,62 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
+from sae_afa_plugin.files import write_whole
+
 LOG_FILENAME = "training_log.jsonl"
 
 
+class Stopwatch:
+    """Seconds of work on one device: it waits for what was begun there, and for nothing else.
+
+    Without that a GPU goes on with one SAE's step while the clock of the next one runs.
+
+    Args:
+        device: Where the work is done.
+        seconds: What was measured before.
+
+    Example:
+        >>> watch = Stopwatch("cpu", 2.0)
+        >>> watch.start()
+        >>> 2.0 < watch.stop() < 3.0
+        True
+    """
+
+    def __init__(self, device: torch.device | str, seconds: float = 0.0):
+        self.device, self.seconds = torch.device(device), seconds
+        self._started = 0.0
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def start(self) -> None:
+        """Begin, or go on."""
+        self._wait()
+        self._started = time.perf_counter()
+
+    def stop(self) -> float:
+        """Stop; returns all seconds so far."""
+        self._wait()
+        self.seconds += time.perf_counter() - self._started
+        return self.seconds
+
+
 class TrainingLog:
-    """Writes the metrics of training steps and sums up the time they take.
+    """Writes the metrics of training steps, and for SAELens's runners the time they take.
 
     Each line has ``step``, ``seconds`` (spent in steps so far), ``sae`` where several are
     trained, and the keys that SAELens logs to wandb (``losses/...``, ``metrics/...``).
@@ -33,42 +76,91 @@ class TrainingLog:
         self.every = every
         if path is not None and path.exists():
             kept = [
-                line
+                f"{line}\n"
                 for line in path.read_text(encoding="utf-8").splitlines()
                 if (step := _step_of(line)) is not None and step <= first_step
             ]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.seconds: dict[str, float] = {}
+            write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
+        self._watches: dict[str, Stopwatch] = {}
         self.steps: dict[str, int] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The seconds of each trainer that is watched."""
+        return {name: watch.seconds for name, watch in self._watches.items()}
 
     def watch(self, trainer: SAETrainer[Any, Any], name: str = "") -> None:
         """Log the steps of this trainer from now on."""
         step = trainer.step
+        watch = self._watches[name] = Stopwatch(trainer.cfg.device)
+        self.steps[name] = 0
 
         def watched_step(batch: torch.Tensor) -> TrainStepOutput:
-            started = time.perf_counter()
+            watch.start()
             output = step(batch)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            self.steps[name] = self.steps.get(name, 0) + 1
+            watch.stop()
+            self.steps[name] += 1
             # not n_training_steps: checkpoints have it one too low
             number = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
-            if self.path is not None and number % self.every == 0:
-                self._write(trainer, output, name, number)
+            if self.is_due(number):
+                self.write(trainer, output, number, watch.seconds, name)
             return output
 
         trainer.step = watched_step
 
-    def _write(
-        self, trainer: SAETrainer[Any, Any], output: TrainStepOutput, name: str, number: int
+    def is_due(self, number: int) -> bool:
+        """Whether the step of this number (from 1) is to be written."""
+        return self.path is not None and number % self.every == 0
+
+    def write(
+        self,
+        trainer: SAETrainer[Any, Any],
+        output: TrainStepOutput,
+        number: int,
+        seconds: float,
+        name: str = "",
     ) -> None:
+        """Write the line of one step.
+
+        Args:
+            trainer: The trainer, behind the step.
+            output: What the step gave.
+            number: Of the step, from 1.
+            seconds: Spent in steps so far.
+            name: Of the SAE, where there are several.
+        """
         assert self.path is not None
-        line: dict[str, Any] = {"step": number, "seconds": round(self.seconds[name], 3)}
+        line: dict[str, Any] = {"step": number, "seconds": round(seconds, 3)}
         if name:
             line["sae"] = name
         line.update(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+
+    def keep(self) -> None:
+        """Wait until what was written is on the disk."""
+        if self.path is not None and self.path.exists():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def read_logs(folders: Iterable[Path]) -> pd.DataFrame:
+    """The logs of several trainings in one table, one row for each line.
+
+    Args:
+        folders: Each holds ``training_log.jsonl``; those that do not are passed over.
+    """
+    files = [folder / LOG_FILENAME for folder in folders]
+    return pd.DataFrame(
+        [
+            json.loads(line)
+            for file in files
+            if file.is_file()
+            for line in file.read_text(encoding="utf-8").splitlines()
+            if _step_of(line) is not None
+        ]
+    )
 
 
 def _step_of(line: str) -> int | None:

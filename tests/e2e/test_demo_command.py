@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sae_lens import SAE
@@ -16,16 +19,20 @@ from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.activations.tokens import tokenize
 from sae_afa_plugin.demo import DEMOS
 from sae_afa_plugin.results import AFAResults
+from sae_afa_plugin.training.log import read_logs
+
+
+def shortened(demo):
+    short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=2000, ce_tokens=2048)
+    return replace(demo, d_sae=384, k=40, setup=short)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder and the printed text of one short demo."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    demo = DEMOS["embedded"]
-    short = replace(demo.setup, training_tokens=30 * 1024, heldout_tokens=2000, ce_tokens=2048)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(DEMOS, "embedded", replace(demo, d_sae=384, k=40, setup=short))
+        patch.setitem(DEMOS, "embedded", shortened(DEMOS["embedded"]))
         patch.setenv("COLUMNS", "220")
         printed = []
         patch.setattr(cli.Console, "print", lambda self, *things: printed.extend(things))
@@ -89,12 +96,110 @@ def test_the_results_are_what_a_slow_computation_gives(finished):
         assert found["core_ce_loss_score"] == pytest.approx(recovered, abs=1e-3), name
 
 
-def test_the_log_has_every_sae(finished):
+def test_every_sae_has_its_log(finished):
     out, _ = finished
-    lines = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["sae"]) for line in lines[:4]] == [
-        (10, "topafa"), (10, "topk"), (10, "batchtopk"), (20, "topafa"),
-    ]  # fmt: skip
+    log = read_logs(out / name for name in ("topafa", "topk", "batchtopk"))
+    assert log[["step", "sae"]].values.tolist() == [
+        [step, name] for name in ("topafa", "topk", "batchtopk") for step in (10, 20, 30)
+    ]
+    assert (
+        log.groupby("sae")["losses/mse_loss"].nth(2) < 100
+    ).all()  # of 191 before the first step
+
+
+def test_run_again_it_trains_and_evaluates_nothing(finished, monkeypatch):
+    out, _ = finished
+    demo = DEMOS["embedded"]
+    monkeypatch.setitem(DEMOS, "embedded", shortened(demo))
+    files = [file for file in out.glob("*/*") if file.parent.name != "evaluation"]
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
+    summary = AFAResults.load(out / "evaluation").summary
+    assert cli.main(["demo", "--out", str(out)]) == 0
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files} == before
+    pd.testing.assert_frame_equal(AFAResults.load(out / "evaluation").summary, summary)
+
+
+def test_other_settings_need_another_folder(finished, monkeypatch, capsys):
+    out, _ = finished
+    monkeypatch.setitem(DEMOS, "embedded", replace(shortened(DEMOS["embedded"]), k=41))
+    assert cli.main(["demo", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert (
+        "topk' holds a training with other settings (sae.k was 40 and is 41): use another" in error
+    )
+
+
+KILLED = """
+import os, random, signal, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from sae_afa_plugin import cli, top_afa
+from sae_afa_plugin.demo import DEMOS
+from sae_afa_plugin.saes import sparse
+
+torch.set_num_threads(1)
+demo = DEMOS["embedded"]
+# 8 blocks of 4 steps, with checkpoints behind each
+short = replace(
+    demo.setup, training_tokens=32 * 256, batch_size=256, block_tokens=1024,
+    heldout_tokens=500, ce_tokens=1024, checkpoint_seconds=0.0,
+)
+DEMOS["embedded"] = replace(demo, d_sae=256, k=20, setup=short)
+# imported and compiled once; what is killed are copies of this process
+top_afa(torch.ones(1, 2), torch.ones(1))
+sparse.decode(torch.zeros(1, 2), torch.ones(2, 2))
+
+
+def demo(folder):
+    child = os.fork()
+    if child == 0:
+        os._exit(cli.main(["demo", "--out", folder]))
+    return child
+
+
+def status_of(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+started = time.monotonic()
+assert status_of(demo(sys.argv[1])) == 0
+seconds = time.monotonic() - started
+moments, killed = random.Random(0), 0
+for _ in range(4):
+    child = demo(sys.argv[2])
+    time.sleep(moments.uniform(0.3, 0.7) * seconds)
+    os.kill(child, signal.SIGKILL)
+    killed += status_of(child) == -signal.SIGKILL
+assert status_of(demo(sys.argv[2])) == 0
+print("killed", killed)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it kills copies of a process")
+def test_killed_and_run_again_the_saes_are_the_same(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(whole), str(parts)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout.split()[-1]) >= 2
+    for name in ("topafa", "topk", "batchtopk"):
+        files = {file.name for file in (whole / name).iterdir()}
+        assert files == {file.name for file in (parts / name).iterdir()}
+        for file in ("sae_weights.safetensors", "cfg.json", "sparsity.safetensors"):
+            assert (whole / name / file).read_bytes() == (parts / name / file).read_bytes()
+    logs = [read_logs(sorted(out.iterdir())).drop(columns="seconds") for out in (whole, parts)]
+    pd.testing.assert_frame_equal(*logs, check_exact=True)
+    summaries = [AFAResults.load(out / "evaluation").summary for out in (whole, parts)]
+    same = [c for c in summaries[0] if "seconds" not in c and c != "source"]
+    pd.testing.assert_frame_equal(*(summary[same] for summary in summaries), check_exact=True)
 
 
 def test_an_unknown_model_and_an_unknown_flag(capsys):

@@ -70,6 +70,12 @@ SUBSTITUTIONS: dict[str, list[tuple[str, str]]] = {
             "    training_tokens=1024, checkpoint_path=None,\n",
         ),
         (
+            "total_training_samples=10_000_000, train_batch_size_samples=4096",
+            "total_training_samples=1024, train_batch_size_samples=256",
+        ),
+        ("n_tokens=10_000_000", "n_tokens=1000"),
+        ('lr=lr, device="cuda"', "lr=lr"),
+        (
             '"checkpoints/8x2k9q1z/40962048")',
             "first_checkpoint, **small)",
         ),
