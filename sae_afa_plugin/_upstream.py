@@ -15,7 +15,14 @@ import torch
 from datasets import Dataset
 
 # SAELens: how its command reads a configuration, how text becomes sequences
-from sae_lens.constants import SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME
+from sae_lens.constants import (
+    ACTIVATION_SCALER_CFG_FILENAME,
+    ACTIVATION_WHITENING_FILENAME,
+    SAE_CFG_FILENAME,
+    SAE_WEIGHTS_FILENAME,
+    SPARSITY_FILENAME,
+    TRAINER_STATE_FILENAME,
+)
 from sae_lens.llm_sae_training_runner import _parse_cfg_args as parse_runner_config
 
 # SAELens: language models, and hooks that are modules' outputs
@@ -50,12 +57,16 @@ from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_wei
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
 
 __all__ = [
+    "ACTIVATION_SCALER_CFG_FILENAME",
+    "ACTIVATION_WHITENING_FILENAME",
     "MODEL_ALIASES",
     "OFFICIAL_MODEL_NAMES",
     "SAE_CFG_FILENAME",
     "SAE_CLASS_REGISTRY",
     "SAE_TRAINING_CLASS_REGISTRY",
     "SAE_WEIGHTS_FILENAME",
+    "SPARSITY_FILENAME",
+    "TRAINER_STATE_FILENAME",
     "ActivationScaler",
     "HookedProxyLM",
     "MultiSAETrainer",

@@ -109,6 +109,8 @@ class EncodedTokens:
     @cached_property
     def finite(self) -> Tensor:
         """Which tokens have only finite features and a finite z, bool ``[n]``."""
+        if self.few:  # their sum is finite: no look at each
+            return torch.ones(len(self), dtype=torch.bool)
         return self.f.isfinite().all(-1) & self.z.isfinite().all(-1)
 
     @cached_property

@@ -221,6 +221,7 @@ class _One:
                 tokens = code.read(batch.x, batch.x_out, batch.rows)
                 for accumulator in accumulators:
                     accumulator.add(tokens)
+                del tokens  # the next block needs the room
                 bar.update(len(batch.x))
 
     def _facts(self, sae: Any) -> dict[str, Any]:

@@ -142,9 +142,7 @@ def train_and_evaluate(
         core_tokens=setup.ce_tokens,
     )
     names = [str(name) for name in results.summary.index if name in saes]
-    # what it was trained as: a BatchTopK SAE is saved as a JumpReLU one
     for column, values in {
-        "trained_as": {name: saes[name].architecture() for name in names},
         "training_seconds": {name: trained[name].seconds for name in names},
         "seconds_per_step": {name: trained[name].seconds / trained[name].step for name in names},
     }.items():

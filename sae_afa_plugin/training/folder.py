@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from sae_lens.constants import (
+from safetensors import SafetensorError
+
+from sae_afa_plugin._upstream import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATION_WHITENING_FILENAME,
     SAE_CFG_FILENAME,
@@ -29,8 +31,6 @@ from sae_lens.constants import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from safetensors import SafetensorError
-
 from sae_afa_plugin.files import write_json
 from sae_afa_plugin.training.log import LOG_FILENAME
 

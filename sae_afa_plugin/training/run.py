@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from sae_lens import SAETrainer, TrainingSAE, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
-from sae_lens.constants import SPARSITY_FILENAME
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from sae_afa_plugin._upstream import SPARSITY_FILENAME
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.training.folder import DIVERGED, FAILED, STATE_FILENAME, TrainingFolder
 from sae_afa_plugin.training.log import LOG_FILENAME, Stopwatch, TrainingLog

@@ -24,6 +24,8 @@ from sae_lens import (
     TopKTrainingSAE,
     TopKTrainingSAEConfig,
 )
+from sae_lens.config import SAETrainerConfig
+from sae_lens.training.activation_scaler import ActivationWhitening
 from transformer_lens import HookedTransformerConfig
 
 import sae_afa_plugin
@@ -61,6 +63,33 @@ def check_sae_cfg_filename(tmp_path):
 def check_sae_weights_filename(tmp_path):
     standard().save_model(tmp_path)
     assert (tmp_path / _upstream.SAE_WEIGHTS_FILENAME).is_file()
+
+
+def check_sparsity_filename(tmp_path):
+    assert (a_checkpoint(tmp_path) / _upstream.SPARSITY_FILENAME).is_file()
+
+
+def check_trainer_state_filename(tmp_path):
+    assert (a_checkpoint(tmp_path) / _upstream.TRAINER_STATE_FILENAME).is_file()
+
+
+def check_activation_scaler_cfg_filename(tmp_path):
+    assert (a_checkpoint(tmp_path) / _upstream.ACTIVATION_SCALER_CFG_FILENAME).is_file()
+
+
+def check_activation_whitening_filename(tmp_path):
+    whitening = ActivationWhitening(torch.zeros(8), torch.eye(8), torch.eye(8))
+    folder = a_checkpoint(tmp_path, _upstream.ActivationScaler(whitening=whitening))
+    assert (folder / _upstream.ACTIVATION_WHITENING_FILENAME).is_file()
+
+
+def a_checkpoint(folder, scaler=None):
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=8, d_sae=16, k=3))
+    trainer = sae_lens.SAETrainer(SAETrainerConfig(64, 32, lr_end=3e-5), sae, iter([X]))
+    trainer.activation_scaler = scaler or trainer.activation_scaler
+    trainer.step(X)
+    trainer.save_checkpoint("one", folder)
+    return folder / "one"
 
 
 def check_sae_class_registry():
