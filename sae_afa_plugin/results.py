@@ -206,7 +206,8 @@ def summary_of(parts: Parts) -> pd.DataFrame:
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     # NaN for whatever is missing, as it comes back from a file
     table = pd.DataFrame.from_dict(dict(rows), orient="index")
-    return table.astype(object).where(table.notna(), np.nan).infer_objects()
+    # a copy is one block: columns can be added without pandas finding it fragmented
+    return table.astype(object).where(table.notna(), np.nan).infer_objects().copy()
 
 
 def write_index(

@@ -44,6 +44,15 @@ from sae_afa_plugin.spaces import linear_code, why_not
 
 _SHOWN_IDS = 8
 _NEEDED = ("d_in", "d_sae", "normalize_activations", "metadata")
+# of what decides where and how an SAE reads; somebody else may have written it
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("d_in", "d_sae", "d_out", "context_size"), int),
+    **dict.fromkeys(("hook_head_index", "hook_head_index_out"), int),
+    **dict.fromkeys(("architecture", "dtype", "normalize_activations", "model_name"), str),
+    **dict.fromkeys(("hook_name", "hook_name_out", "hf_hook_name", "model_class_name"), str),
+    **dict.fromkeys(("prepend_bos", "apply_b_dec_to_input"), bool),
+    "model_from_pretrained_kwargs": dict,
+}
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"
 
 
@@ -129,6 +138,15 @@ class SAESource(ABC):
         config = self.config
         if not self.metadata.get("hook_name"):
             return "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
+        for name, kind in _KINDS.items():
+            for place in (config, self.metadata):
+                value = place.get(name)
+                # True is an int for Python, and no width
+                if value is not None and type(value) is not kind:
+                    return (
+                        f"its config has {name}={value!r}, which is {type(value).__name__} and "
+                        f"must be {kind.__name__}"
+                    )
         return why_not(
             config["architecture"],
             self._normalization_after_loading(),

@@ -155,9 +155,12 @@ class Activations(ABC):
             (site.hook, site.head, d_in),
             (site.hook_out, site.head_out, d_out),
         ):
-            if hook is None or width is None:
+            if hook is None:
                 continue
-            reason = misfit(hook, shapes.get(hook), width, head, self.hook_names())
+            shape = shapes.get(hook)
+            if width is None:  # of an output that is named although nothing is known of it
+                width = 0 if shape is None else shape.numel() if head is None else shape[-1]
+            reason = misfit(hook, shape, width, head, self.hook_names())
             if reason is not None:
                 return reason
         return None

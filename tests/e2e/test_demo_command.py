@@ -33,7 +33,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(DEMOS, "embedded", shortened(DEMOS["embedded"]))
-        patch.setenv("COLUMNS", "220")
+        patch.setenv("COLUMNS", "300")
         printed = []
         patch.setattr(cli.Console, "print", lambda self, *things: printed.extend(things))
         assert cli.main(["demo", "--out", str(out)]) == 0
@@ -46,8 +46,10 @@ def test_the_table_has_the_three_architectures(finished):
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert [str(row[0]) for row in rows] == ["topafa", "topk", "batchtopk"]
     assert [column.header.replace("\n", " ") for column in table.columns] == [
-        "SAE", "L0", "NMSE (mean)", "NMSE (median)", "CE recovered", "||z||", "||f||", "||f||/||z||", "over- activated",
-        "ε LBO", "inter- ference", "cohe- rence", "dead", "training seconds",
+        "SAE", "L0", "NMSE (mean)", "NMSE (median)", "CE recovered", "‖z‖", "‖f‖", "‖f‖/‖z‖",
+        "over- activated", "inter- ference energy", "unex- plained energy", "shrink- age energy",
+        "cosine", "L2 ratio", "recon. bias", "ε LBO", "inter- ference", "cohe- rence", "mean |cos|",
+        "dead", "alive", "> 1 %", "> 10 %", "training seconds",
     ]  # fmt: skip
     assert rows[1][1] == "40.0"
 

@@ -196,6 +196,26 @@ def test_one_bad_sae_costs_only_itself(tmp_path):
     assert list(results.summary.index) == ["too large", "first", "last"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("hook_name", 5, "its config has hook_name=5, which is int and must be str"),
+        ("hook_head_index", "2", "has hook_head_index='2', which is str and must be int"),
+        ("prepend_bos", {}, "its config has prepend_bos={}, which is dict and must be bool"),
+        ("context_size", "long", "has context_size='long', which is str and must be int"),
+        ("model_from_pretrained_kwargs", [1], "kwargs=[1], which is list and must be dict"),
+    ],
+)
+def test_metadata_of_wrong_kinds_cost_only_their_sae(tmp_path, name, value, said):
+    small_sae().save_model(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    config["metadata"][name] = value
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(config))
+    results = evaluate({"wrong": tmp_path / "sae", "good": small_sae(1)})
+    assert list(results.summary.index) == ["good"]
+    assert said in results.metadata["refused"]["wrong"]
+
+
 # --- several at once ---
 
 
