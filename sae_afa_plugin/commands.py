@@ -191,7 +191,7 @@ def add_record(commands: Commands) -> None:
         "the size before it starts. Interrupted and started again, it goes on.",
         epilog="examples:\n"
         "  sae-afa record --model gpt2 --hook blocks.8.hook_resid_pre --tokens 200000 --out gpt2-l8\n"
-        "  sae-afa evaluate gpt2-small-res-jb --sae-id blocks.8.hook_resid_pre --activations gpt2-l8",
+        "  sae-afa evaluate --path output/gpt2-l8 --activations gpt2-l8",
     )
     parser.add_argument(
         "--hook",

@@ -4,7 +4,7 @@ Paper: Lee, Davies, Canby and Hockenmaier, "Evaluating and Designing Sparse Auto
 Approximating Quasi-Orthogonality" (COLM 2025, arXiv 2503.24277). On a nearly orthogonal
 dictionary the norm of the feature vector is about the norm of what it reconstructs.
 
-Nothing here knows SAELens: which tensors an SAE of which family brings is in ``families``.
+Nothing here knows SAELens: which tensors an SAE of which family brings is in ``spaces``.
 """
 
 from __future__ import annotations

@@ -218,7 +218,7 @@ def sample_tokens(
             f"no token is left to evaluate: {len(kept)} sequences of {protocol.context_size} "
             f"tokens were read and {n_special} of the tokens asked for are special. Bring more or "
             "longer text, use a smaller context_size, or pass exclude_special_tokens=False "
-            "(--keep-special-tokens)"
+            "(--exclude-special-tokens=no)"
         )
     return TokenSample(torch.stack(kept), torch.stack(masks), n_special)
 

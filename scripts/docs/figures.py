@@ -1,8 +1,8 @@
 """The figures that explain the method: python scripts/docs/figures.py.
 
 ``top-afa.png`` draws the worked example of docs/top-afa.md with the package's own rule.
-``zf-reading.png`` trains three SAEs on the embedded language model (about five minutes on
-one core) and draws their norms, for docs/metric.md.
+``zf-reading.png`` and ``energy.png``, for docs/metric.md, train four SAEs on the embedded language
+model (about five minutes on one core) and draw the norms of three and the energy budgets of all.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from sae_lens import TopKTrainingSAEConfig
+from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
 
 from sae_afa_plugin import AFAResults, TopAFATrainingSAEConfig, plots, top_afa
 from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, load_embedded_model
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.activations.tokens import tokenize
+from sae_afa_plugin.groups.afa import energy_sentence
 from sae_afa_plugin.training.comparison import Comparison, train_and_evaluate
 
 IMAGES = Path(__file__).parents[2] / "docs" / "images"
@@ -74,8 +75,8 @@ def worked_example() -> Figure:
     return figure
 
 
-def norms_of_three(folder: Path) -> AFAResults:
-    """Three SAEs on inputs whose norm varies, so that the ZF plot shows clouds."""
+def norms_of_four(folder: Path) -> AFAResults:
+    """Four SAEs on inputs whose norm varies, so that the ZF plot shows clouds."""
     # SAELens folds the scaling factor when training ends, so norms are those of the activations
     shape: dict[str, Any] = {
         "d_in": 192,
@@ -91,6 +92,7 @@ def norms_of_three(folder: Path) -> AFAResults:
             "TopK, k = 32": TopKTrainingSAEConfig(k=32, **shape),
             "TopK, k = 256": TopKTrainingSAEConfig(k=256, **shape),
             "top-AFA": TopAFATrainingSAEConfig(**shape),
+            "L1 penalty": StandardTrainingSAEConfig(l1_coefficient=2.0, **shape),
         },
         tokenize(model, standard_library_texts("train"), 128),
         tokenize(model, standard_library_texts("heldout"), 128),
@@ -100,7 +102,10 @@ def norms_of_three(folder: Path) -> AFAResults:
 
 
 def zf_reading(results: AFAResults) -> Figure:
-    figure = plots.zf_plot(results)
+    # the one with an L1 penalty is so low that the axes would have to be logarithmic
+    summary = results.summary.drop(index="L1 penalty")
+    tokens = results.tokens[results.tokens["sae"].isin(summary.index)]
+    figure = plots.zf_plot(AFAResults(summary, tokens, results.sequences))
     axes = figure.axes[0]
     for x, y, text in (
         (0.03, 0.93, "over-activated: ‖f‖ > ‖z‖"),
@@ -119,11 +124,14 @@ def main() -> None:
     worked_example().savefig(IMAGES / "top-afa.png", dpi=160)
     if not args.example_only:
         with tempfile.TemporaryDirectory() as folder:
-            results = norms_of_three(Path(folder) / "saes")
+            results = norms_of_four(Path(folder) / "saes")
         columns = ["l0_mean", "nmse_mean", "norm_ratio_median", "over_activated"]
         columns += ["interference_median", "interference_q05", "interference_q95", "max_abs_cos"]
         print(results.summary[columns].T.to_string())
+        for name, row in results.summary.iterrows():
+            print(f"{name}: {energy_sentence(row.to_dict())}")
         zf_reading(results).savefig(IMAGES / "zf-reading.png", dpi=130)
+        plots.energy_plot(results).savefig(IMAGES / "energy.png", dpi=130)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ SUBSTITUTIONS: dict[str, list[tuple[str, str]]] = {
         (_DEMO, f"{_DEMO} --tokens 300"),
         ("n_tokens=20_000", "n_tokens=200"),
         ('dataset="embedded",\n', 'dataset="embedded", n_tokens=200,\n'),
+        ("--tokens 200000", "--tokens 200"),
     ],
     "docs/training.md": [
         (', device="cuda")', _SMALL_RUN),
