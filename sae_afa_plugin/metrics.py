@@ -109,6 +109,7 @@ class AFATokenMetrics(NamedTuple):
 
 
 _FIELDS = AFATokenMetrics._fields
+_LEAST_ROOM = 1 << 16  # tokens
 
 
 def token_metrics(
@@ -344,29 +345,44 @@ class TokenColumns:
     """
 
     def __init__(self) -> None:
-        self._batches: list[AFATokenMetrics] = []
+        # Room is taken rarely and for many tokens. Small tensors that stay, between large ones that
+        # go, would leave a heap full of holes: 7 kB for a token instead of 61 bytes.
+        self._room: AFATokenMetrics | None = None
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(batch.l0.numel() for batch in self._batches)
+        return self._length
 
     def add(self, metrics: AFATokenMetrics) -> None:
         """Append one batch, of any leading shape. It stays on its device: nothing waits for it."""
         batch = metrics._replace(l0=metrics.l0.int())
-        self._batches.append(AFATokenMetrics(*(column.flatten() for column in batch)))
+        end = self._length + batch.l0.numel()
+        if self._room is None or end > len(self._room.l0):
+            self._grow(batch, end)
+        assert self._room is not None
+        for room, column in zip(self._room, batch, strict=True):
+            room[self._length : end] = column.flatten()
+        self._length = end
+
+    def _grow(self, like: AFATokenMetrics, needed: int) -> None:
+        size = max(_LEAST_ROOM, needed, 2 * self._length)
+        room = AFATokenMetrics(*(c.new_empty(size, device=c.device) for c in like))
+        if self._room is not None:
+            for new, old in zip(room, self._room, strict=True):
+                new[: self._length] = old[: self._length]
+        self._room = room
 
     def extend(self, other: TokenColumns) -> None:
         """Append what another one has collected."""
-        self._batches += other._batches
+        if other._room is not None:
+            self.add(AFATokenMetrics(*(column[: len(other)] for column in other._room)))
 
     def frame(self) -> pd.DataFrame:
         """One row for each token, in the order they came."""
-        columns = zip(*self._batches, strict=True) if self._batches else [()] * len(_FIELDS)
-        return pd.DataFrame(
-            {
-                name: torch.cat(parts).cpu().numpy() if parts else np.empty(0)
-                for name, parts in zip(_FIELDS, columns, strict=True)
-            }
-        )
+        if self._room is None:
+            return pd.DataFrame({name: np.empty(0) for name in _FIELDS})
+        columns = (column[: self._length].cpu().numpy().copy() for column in self._room)
+        return pd.DataFrame(dict(zip(_FIELDS, columns, strict=True)))
 
 
 def is_finite(tokens: pd.DataFrame) -> np.ndarray:

@@ -24,30 +24,27 @@ def _short(value: float) -> str:
 
 class _Tokens(Accumulator):
     def __init__(self) -> None:
-        self._parts: dict[int, TokenColumns] = {}
+        self._columns = TokenColumns()
+        self._ranges: list[range] = []  # which tokens, in the order they came
 
     @override
     def add(self, tokens: EncodedTokens) -> None:
-        part = self._parts.setdefault(tokens.rows.start, TokenColumns())
-        part.add(tokens.metrics())
+        self._columns.add(tokens.metrics())
+        start = tokens.rows.start
+        self._ranges.append(range(start, start + len(tokens)))
 
     @override
     def merge(self, other: _Tokens) -> None:
-        self._parts.update(other._parts)
+        self._columns.extend(other._columns)
+        self._ranges += other._ranges
 
     @override
     def finish(self) -> GroupResult:
-        starts = sorted(self._parts)
-        columns = TokenColumns()
-        for start in starts:
-            columns.extend(self._parts[start])
-        table = columns.frame()
-        table.index = pd.Index(
-            np.concatenate(
-                [np.arange(start, start + len(self._parts[start])) for start in starts]
-                or [np.empty(0, dtype=np.int64)]
-            )
-        )
+        table = self._columns.frame()
+        numbers = [np.arange(r.start, r.stop) for r in self._ranges]
+        table.index = pd.Index(np.concatenate(numbers or [np.empty(0, dtype=np.int64)]))
+        if not table.index.is_monotonic_increasing:
+            table = table.sort_index()
         finite = is_finite(table)
         if not finite.any():
             raise ValueError(
