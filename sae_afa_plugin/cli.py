@@ -158,6 +158,7 @@ def _record(args: argparse.Namespace) -> None:
         reading.model,
         dataset,
         protocol,
+        model_kwargs=args.model_kwargs,
         dataset_config=reading.dataset_config,
         split=reading.split,
         device=args.device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -180,6 +181,16 @@ def shell_lines(commands: Sequence[Sequence[str]]) -> str:
 # --- record ---
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"must be an object like {{}}: got {text}")
+    return found
+
+
 def add_record(commands: Commands) -> None:
     """Add the parser of ``sae-afa record``."""
     parser = _parser(
@@ -205,6 +216,13 @@ def add_record(commands: Commands) -> None:
         "--dtype",
         choices=list(DTYPES),
         help="precision on disk (default: as the model computes)",
+    )
+    parser.add_argument(
+        "--model-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="how the model is loaded and processed, as '{\"center_writing_weights\": true}' for "
+        "gpt2-small-res-jb",
     )
     parser.add_argument("--device", help="for the model (default: a GPU if there is one)")
     parser.add_argument(

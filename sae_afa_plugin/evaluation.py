@@ -21,7 +21,15 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations, 
 from sae_afa_plugin.activations.recording import RecordedActivations
 from sae_afa_plugin.activations.tokens import AnyDataset, Protocol
 from sae_afa_plugin.groups.base import MetricGroup
-from sae_afa_plugin.plan import Evaluation, as_trained, is_readable, none_left, sorted_options
+from sae_afa_plugin.plan import (
+    Evaluation,
+    as_trained,
+    is_readable,
+    none_left,
+    other_than_wanted,
+    sorted_options,
+    wrong_processing,
+)
 from sae_afa_plugin.results import AFAResults, update_index
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.store import Store
@@ -138,14 +146,27 @@ def evaluate_sources(
             batch_size_prompts=how.batch_size_prompts,
             progress=how.progress,
         )
-    elif isinstance(activations, str | Path):
-        recording = str(activations)
-        if dataset is not None or set(fields) & {f.name for f in dataclass_fields(Protocol)}:
+    else:
+        chosen = set(fields) & {f.name for f in dataclass_fields(Protocol)}
+        if dataset is not None or chosen or protocol != "default":
             raise ValueError(
-                "a recording has its tokens already: pass no dataset and no choice of tokens "
-                "beside activations"
+                "activations have their tokens already: pass no dataset and no choice of tokens "
+                f"beside them{f' (got {sorted(chosen)})' if chosen else ''}"
             )
-        activations = RecordedActivations(activations, model)
+        if isinstance(activations, str | Path):
+            recording = str(activations)
+            activations = RecordedActivations(activations, model, how.device)
+        elif model is not None:
+            raise ValueError("pass the model to the activations, not beside them")
+        for source in readable:
+            for line in other_than_wanted(activations.settings, source):
+                how.say(line)
+            reason = wrong_processing(activations.settings, source)
+            if reason is not None:
+                refused[source.name] = reason
+        readable = [source for source in readable if source.name not in refused]
+        if not readable:
+            raise none_left(refused)
     all_groups = [*how.groups(), *groups]
     if len({group.name for group in all_groups}) < len(all_groups):
         raise ValueError(f"groups need names of their own: {[g.name for g in all_groups]}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
@@ -151,10 +152,7 @@ def as_trained(
     dataset, which = with_default_text(dataset, which, given)
     for source in sources:
         if source.metadata.get("dataset_path") == str(dataset):
-            say(
-                f"{source.name} was trained on {dataset}: it may have seen these tokens, which "
-                "flatters its error"
-            )
+            say(trained_on(source, dataset))
     if which.prepend_bos is None:
         known = {data["prepend_bos"] for data in metadata if data.get("prepend_bos") is not None}
         if len(known) > 1:
@@ -175,3 +173,45 @@ def as_trained(
         say(f"context_size is {shortest}: an SAE was trained with no more")
         which = replace(which, context_size=shortest)
     return which, dataset
+
+
+def wrong_processing(settings: Mapping[str, Any], source: SAESource) -> str | None:
+    """Why the numbers would be wrong, if activations are of a model that was processed otherwise.
+
+    Args:
+        settings: Of the activations.
+        source: The SAE.
+    """
+    wanted = source.metadata.get("model_from_pretrained_kwargs") or {}
+    made_with = settings.get("model_kwargs")
+    if made_with is None or made_with == wanted:  # of an object, whoever made it knows
+        return None
+    return (
+        f"it needs its model loaded with {wanted}, but these activations are of one that was loaded "
+        f"with {made_with}: record them with --model-kwargs '{json.dumps(wanted)}'"
+    )
+
+
+def other_than_wanted(settings: Mapping[str, Any], source: SAESource) -> Iterator[str]:
+    """What differs between activations and what an SAE was trained on, one line each.
+
+    Args:
+        settings: Of the activations.
+        source: The SAE.
+    """
+    metadata = source.metadata
+    for name, what in (("prepend_bos", "BOS before each sequence"), ("model", "the model")):
+        wanted = metadata.get("model_name" if name == "model" else name)
+        found = settings.get(name)
+        if wanted is not None and found is not None and wanted != found:
+            yield f"{source.name} was trained with {wanted!r} for {what}, these activations with {found!r}"
+    if metadata.get("dataset_path") and metadata["dataset_path"] == settings.get("dataset"):
+        yield trained_on(source, settings["dataset"])
+
+
+def trained_on(source: SAESource, dataset: Any) -> str:
+    """That an SAE may have seen the tokens that it is evaluated on."""
+    return (
+        f"{source.name} was trained on {dataset}: it may have seen these tokens, which flatters its "
+        "error"
+    )

@@ -139,7 +139,7 @@ def _sampled(results: AFAResults, n_points: int) -> dict[str, pd.DataFrame]:
 
 
 def _interactive(results: AFAResults, sampled: dict[str, pd.DataFrame]) -> dict[str, Any]:
-    size = int(results.sequences["position"].max()) + 1
+    size = _sequence_length(results)
     colour = plots.colours([str(name) for name in results.summary.index])
     where = results.sequences["token"].astype("category")
     lanes = all(
@@ -155,7 +155,7 @@ def _interactive(results: AFAResults, sampled: dict[str, pd.DataFrame]) -> dict[
                     for column in ("norm_z", "norm_f", "nmse", "interference")
                 },
                 "l0": _packed(group["l0"], np.uint32),
-                "place": _packed(group["sequence"] * size + group["position"], np.uint32),
+                "place": _packed(group["sequence"] * size + group.get("position", 0), np.uint32),
             }
             for name, group in sampled.items()
         ],
@@ -168,6 +168,10 @@ def _interactive(results: AFAResults, sampled: dict[str, pd.DataFrame]) -> dict[
     }
 
 
+def _sequence_length(results: AFAResults) -> int:
+    return 1 if results.sequences.empty else int(results.sequences["position"].max()) + 1
+
+
 def _packed(values: Any, dtype: type) -> str:
     little_endian = values.to_numpy(dtype).astype(np.dtype(dtype).newbyteorder("<"))
     return base64.b64encode(little_endian.tobytes()).decode()
@@ -178,7 +182,9 @@ def _packed(values: Any, dtype: type) -> str:
 
 def _extremes(results: AFAResults) -> list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]]:
     texts = results.sequences["token"].to_numpy(dtype=object)
-    size = int(results.sequences["position"].max()) + 1
+    size = _sequence_length(results)
+    if results.sequences.empty:  # samples that stand in no text
+        return []
     found: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = []
     for name, group in plots.groups(results):
         ratio = (group["norm_f"] / group["norm_z"]).replace([np.inf, -np.inf], np.nan).dropna()

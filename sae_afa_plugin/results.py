@@ -83,8 +83,11 @@ class AFAResults:
             columns: Only those of these that there are.
 
         Raises:
-            ValueError: If the file is damaged.
+            ValueError: If there is no such SAE, or the file is damaged.
         """
+        if name not in self.summary.index:
+            known = ", ".join(map(repr, self.summary.index[:8]))
+            raise ValueError(f"the results have no SAE {name!r}: they have {known}")
         if self._tokens is not None:
             rows = self._tokens.loc[self._tokens["sae"] == name].drop(columns="sae")
             return rows if columns is None else rows[[c for c in columns if c in rows]]

@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from uuid import uuid4
 from zipfile import BadZipFile
 
 import torch
@@ -269,7 +270,7 @@ class _FromFolder(SAESource):
 class _InMemory(SAESource):
     def __init__(self, name: str, sae: Any):
         super().__init__(name)
-        self.sae = sae
+        self.sae, self._once = sae, uuid4().hex
 
     @property
     @override
@@ -294,6 +295,9 @@ class _InMemory(SAESource):
     @override
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
+        if not isinstance(self.sae, SAE):
+            # its code is not known: another object may have the same tensors and encode otherwise
+            digest.update(self._once.encode())
         for name, tensor in sorted(_tensors_of(self.sae).items()):
             digest.update(name.encode())
             values = tensor.detach().cpu().contiguous().reshape(-1)

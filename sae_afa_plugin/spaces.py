@@ -361,12 +361,12 @@ class DictionaryCode(LinearCode):
         decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self._set_decoder(W_dec, W_dec.new_zeros(W_dec.shape[1]) if b_dec is None else b_dec)
-        self._encode, self._decode = encode, decode
+        self._encode, self._decode, self._dtype = encode, decode, W_dec.dtype
         self.d_in = W_dec.shape[1]
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        f = self._encode(x)
+        f = self._encode(x.to(self._dtype))
         return f.to_dense() if f.is_sparse else f
 
     @override

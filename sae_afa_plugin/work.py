@@ -199,8 +199,8 @@ class _One:
     def _device(self) -> str:
         if self.work.how.device is not None:
             return self.work.how.device
-        if self.activations.model is not None:
-            return str(device_of(self.activations.model))
+        if isinstance(self.work.activations, LanguageModelActivations):
+            return str(device_of(self.work.activations.model))  # loaded already
         return "cuda" if torch.cuda.is_available() else "cpu"
 
     def _read(self, code: LinearCode, accumulators: Sequence[Accumulator]) -> None:

@@ -65,6 +65,8 @@ class LanguageModelActivations(Activations):
         dataset: See :func:`sae_afa_plugin.activations.tokens.sample_tokens`.
         protocol: Which tokens.
         metadata: Of the SAEs that will read, by name: which model they want, and how processed.
+        model_kwargs: How a model is loaded and processed, where SAEs do not say so, as
+            ``{"center_writing_weights": True}``.
         dataset_config: Configuration of a dataset on the hub.
         split: Split of the dataset.
         device: Where a model is loaded; None: a GPU if there is one.
@@ -87,6 +89,7 @@ class LanguageModelActivations(Activations):
         protocol: Protocol,
         metadata: Mapping[str, Mapping[str, Any]] | None = None,
         *,
+        model_kwargs: Mapping[str, Any] | None = None,
         dataset_config: str | None = None,
         split: str = "train",
         device: str | None = None,
@@ -106,6 +109,8 @@ class LanguageModelActivations(Activations):
             if model is not None:  # it stands in for the one that the metadata name, or do not
                 described = {n: {**d, "model_name": str(model)} for n, d in described.items()}
             self._wanted = shared_model(described)
+            if model_kwargs is not None:
+                self._wanted = {**self._wanted, "model_from_pretrained_kwargs": dict(model_kwargs)}
 
     @property
     @override

@@ -165,6 +165,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
         folder = ASSETS if name == EMBEDDED_NAME else Path(name) if Path(name).is_dir() else None
         return {
             "model": name,
+            "model_class_name": wanted.get("model_class_name"),
             "model_kwargs": kwargs,
             "model_argument": None if model is None else name,
             "model_content": None if folder is None else _digest_of_folder(folder),
@@ -172,7 +173,8 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     name = getattr(getattr(model, "cfg", None), "model_name", None)
     return {
         "model": f"{type(model).__name__} {name or ''}".strip(),
-        "model_kwargs": {},
+        "model_class_name": None,
+        "model_kwargs": None,  # whoever made it knows
         "model_argument": None,
         "model_content": _digest_of_weights(model),
     }

@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations, Site
 from sae_afa_plugin.activations.hooks import wanted_hooks
+from sae_afa_plugin.activations.models import load_language_model
 from sae_afa_plugin.files import write_json, write_whole
 
 FORMAT_VERSION = 1
@@ -220,14 +222,16 @@ class RecordedActivations(Activations):
 
     Args:
         folder: The recording.
-        model: The language model it was made with, for metrics that run it again.
+        model: The language model it was made with, for metrics that run it again: an object, a
+            name or a local folder, which is loaded when it is first needed.
+        device: Where it is loaded; None: a GPU if there is one.
 
     Raises:
         ValueError: If the folder holds no finished recording.
     """
 
-    def __init__(self, folder: str | Path, model: Any | None = None):
-        self.folder, self._model = Path(folder), model
+    def __init__(self, folder: str | Path, model: Any | None = None, device: str | None = None):
+        self.folder, self._given, self._device = Path(folder), model, device
         found = _read_manifest(self.folder)
         try:
             self._manifest = _Manifest(
@@ -275,8 +279,20 @@ class RecordedActivations(Activations):
 
     @property
     @override
-    def model(self) -> Any | None:
-        return self._model
+    def has_model(self) -> bool:
+        return self._given is not None
+
+    @cached_property
+    def model(self) -> Any | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The language model, loaded when it is first asked for."""
+        if not isinstance(self._given, str | Path):
+            return self._given
+        wanted = {
+            "model_class_name": self.settings.get("model_class_name") or "HookedTransformer",
+            "model_from_pretrained_kwargs": self.settings.get("model_kwargs") or {},
+        }
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return load_language_model(self._given, wanted, self.hook_names(), device)
 
     @override
     def hook_names(self) -> list[str]:

@@ -58,13 +58,14 @@ class TensorActivations(Activations):
             raise ValueError(
                 f"activations must be of the same tokens, and of some: got {lengths or 'none'}"
             )
-        self._tensors = dict(tensors)
+        self._tensors = {hook: acts.detach() for hook, acts in tensors.items()}
         n = next(iter(lengths.values()))
         if places is None:
             places = pd.DataFrame({"sequence": np.arange(n, dtype=np.int32)})
         if len(places) != n:
             raise ValueError(f"places must have a row for each token: got {len(places)} for {n}")
-        self._places, self._sequences = places, sequences
+        # rows are numbered by where they stand, whatever index they came with
+        self._places, self._sequences = places.reset_index(drop=True), sequences
         self._settings = (
             {"source": "tensors", "content": _digest(tensors)} if (settings is None) else settings
         )

@@ -18,7 +18,18 @@ def known_groups() -> dict[str, type[MetricGroup]]:
     """
     for module in pkgutil.iter_modules(__path__):
         import_module(f"{__name__}.{module.name}")
-    return {group.name: group for group in MetricGroup.__subclasses__()}
+    found: dict[str, type[MetricGroup]] = {}
+    for group in sorted(
+        _below(MetricGroup), key=lambda group: not group.__module__.startswith(__name__)
+    ):
+        found.setdefault(group.name, group)  # nobody else's takes the name of one of ours
+    return found
+
+
+def _below(cls: type[MetricGroup]) -> Iterator[type[MetricGroup]]:
+    for group in cls.__subclasses__():
+        yield group
+        yield from _below(group)
 
 
 def shown_columns() -> Iterator[Column]:

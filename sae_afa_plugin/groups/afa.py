@@ -193,15 +193,15 @@ def energy_sentence(summary: Mapping[str, Any]) -> str:
     """
     features, interference, unexplained, shrinkage = (summary[f"{s}_mean"] for s in SHARES)
 
+    if any(share != share for share in (features, interference, unexplained, shrinkage)):
+        return "The energy budget is not defined: every token is at the decoder's bias."
+
     def percent(share: float) -> str:
         return f"{round(100 * share) + 0:.0f} %".replace("-", "\N{MINUS SIGN}")
 
-    too = (
-        "shrinkage"
-        if round(100 * shrinkage) >= 0
-        else "shrinkage, so the reconstruction is too long"
-    )
-    leaning = "interference" if round(100 * interference) >= 0 else "interference that cancels"
+    # what a reader is told in words has to be more than a rounding
+    too = "shrinkage" if shrinkage > -0.05 else "shrinkage, so the reconstruction is too long"
+    leaning = "interference" if interference > -0.05 else "interference that cancels"
     return (
         f"Features have {percent(features**0.5)} of the input's norm: {percent(interference)} of "
         f"its energy is {leaning}, {percent(unexplained)} is unexplained, {percent(shrinkage)} is "

@@ -102,6 +102,8 @@ class Core(MetricGroup):
 
     @override
     def why_not(self, code: LinearCode, activations: Activations) -> str | None:
+        if activations.sequences.empty:
+            return "SAELens's metrics need the sequences of tokens, and these activations have none"
         if not isinstance(code, SAELensCode):
             return "SAELens's metrics need an SAE of SAELens"
         metadata = code.sae.cfg.metadata

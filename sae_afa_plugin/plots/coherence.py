@@ -69,7 +69,7 @@ def coherence_plot(results: Results, ax: Axes | None = None) -> Figure:
             )
         ax.hlines(height(row["welch_bound"]), at - 0.4, at + 0.4, color="#0072B2", lw=1.2, ls=":")
     ax.axhline(0, color="0.6", lw=0.8, zorder=0)
-    largest = results.summary["max_abs_cos"].max()
+    largest = max(float(results.summary["max_abs_cos"].max()), unit)  # 0 where all are orthogonal
     powers = unit * 10.0 ** np.arange(0, np.floor(np.log10(largest / unit)) + 1)
     ax.yaxis.set_major_locator(FixedLocator(height([*-powers[::-1], 0, *powers]).tolist()))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: number(round(unit * np.sinh(v), 9))))

@@ -73,7 +73,13 @@ def zf_plot(results: Results, ax: Axes | None = None, dots_up_to: int = _DOTS_UP
         x, y = group["norm_z"].to_numpy(float), group["norm_f"].to_numpy(float)
         known = (x > 0) & (y > 0)
         clouds[name] = x[known], y[known]
-    if all(is_constant(x) for x, _ in clouds.values()):
+    drawn = {name: cloud for name, cloud in clouds.items() if len(cloud[0])}
+    if not drawn:
+        figure, ax = axes_of(ax, (7.4, 5.2))
+        ax.text(0.5, 0.5, "no token has both norms above zero", ha="center", va="center",
+                transform=ax.transAxes, color="0.3")  # fmt: skip
+        return figure
+    if all(is_constant(x) for x, _ in drawn.values()):
         return _zf_lanes(clouds, colour, ax)
     figure, ax = axes_of(ax, (7.4, 5.2))
     every_x = np.concatenate([x for x, _ in clouds.values()])

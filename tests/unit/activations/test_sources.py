@@ -312,7 +312,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
 def test_a_recording_takes_no_other_tokens(tmp_path, sources):
     sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=20))
     sae.cfg.metadata.hook_name = HOOKS[0]
-    with pytest.raises(ValueError, match="a recording has its tokens already"):
+    with pytest.raises(ValueError, match="activations have their tokens already"):
         evaluate_saes({"a": sae}, activations=sources["recorded"].folder, n_tokens=5)
 
 
@@ -321,3 +321,49 @@ def test_room_is_made_before_a_source_is_read(tmp_path):
     held = hold(Waves(5, 3, 0), ["wave"], 1, tmp_path)
     assert list(tmp_path.iterdir()) == []  # the file has no name
     assert held.read(["wave"], 0, 5)["wave"].shape == (5, 3)
+
+
+def test_rows_stand_where_they_stand_whatever_their_index():
+    places = pd.DataFrame({"sequence": [7, 8, 9], "position": [1, 2, 3]}, index=[102, 100, 101])
+    sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=20))
+    sae.cfg.metadata.hook_name = "here"
+    x = torch.randn(3, 8, requires_grad=True)
+    results = evaluate_saes({"a": sae}, activations=TensorActivations({"here": x}, places),
+                            progress=False)  # fmt: skip
+    assert results.tokens["sequence"].tolist() == [7, 8, 9]
+    norms = x.detach().norm(dim=-1).tolist()
+    assert results.tokens["norm_z"].tolist() == pytest.approx(norms)
+
+
+def test_a_recording_of_another_processing_is_refused(sources, capsys):
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=20))
+    sae.cfg.metadata.hook_name = HOOKS[0]
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    source = sources["recorded"]  # of a model object: whoever made it knows
+    assert len(evaluate_saes({"a": sae}, activations=source, progress=False).summary) == 1
+    settings = {**source.settings, "model_kwargs": {}, "model": "gpt2", "prepend_bos": False}
+    named = TensorActivations(
+        {HOOKS[0]: torch.randn(9, 16)}, settings={**settings, "dataset": "somebody/text"}
+    )
+    with pytest.raises(ValueError, match=r"needs its model loaded with \{'center_writing_weights'"):
+        evaluate_saes({"a": sae}, activations=named, progress=False)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {}
+    sae.cfg.metadata.model_name, sae.cfg.metadata.prepend_bos = "gpt2-small", True
+    sae.cfg.metadata.dataset_path = "somebody/text"
+    evaluate_saes({"a": sae}, activations=named)
+    said = capsys.readouterr().out
+    assert "a was trained with 'gpt2-small' for the model, these activations with 'gpt2'" in said
+    assert (
+        "a was trained with True for BOS before each sequence, these activations with Fal" in said
+    )
+    assert "a was trained on somebody/text: it may have seen these tokens" in said
+
+
+def test_activations_take_no_other_choice_of_tokens_or_model(sources):
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=20))
+    sae.cfg.metadata.hook_name = HOOKS[0]
+    for options in ({"n_tokens": 5}, {"protocol": "paper"}, {"dataset": TOKENS}):
+        with pytest.raises(ValueError, match="activations have their tokens already: pass no"):
+            evaluate_saes({"a": sae}, activations=sources["in memory"], **options)
+    with pytest.raises(ValueError, match="pass the model to the activations, not beside them"):
+        evaluate_saes({"a": sae}, "gpt2", activations=sources["in memory"])

@@ -18,7 +18,10 @@ from sae_afa_plugin import AFAResults, evaluate_saes
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.activations.tensors import TensorActivations
 from sae_afa_plugin.groups import known_groups, shown_columns
+from sae_afa_plugin.groups.afa import energy_sentence
 from sae_afa_plugin.groups.base import Accumulator, Column, GroupResult, MetricGroup
+from sae_afa_plugin.plots import save_plots
+from sae_afa_plugin.report import write_report
 from sae_afa_plugin.spaces import DictionaryCode
 from sae_afa_plugin.tables import results_table
 
@@ -169,7 +172,6 @@ def test_a_new_group_is_evaluated_stored_and_shown(code, x, tmp_path):
     other = evaluate_saes({"a": code}, groups=[Largest(99.0)], out=tmp_path, **options)
     assert other.summary.loc["a", "largest_mean"] == 99
     assert len(list((tmp_path / "results").glob("*.largest.*"))) == 2
-    assert len(list((tmp_path / "results").glob("*.afa.*"))) == 1
 
 
 def test_a_group_that_fails_costs_only_itself(code, x, tmp_path):
@@ -204,3 +206,49 @@ def test_the_metric_of_a_known_dictionary_is_the_oracles(code, x):
             err_msg=name,
         )  # fmt: skip
     assert Site("hook").hooks == ["hook"]
+
+
+def test_an_object_whose_code_is_not_known_is_evaluated_again(x, tmp_path):
+    def l0(threshold):
+        code = DictionaryCode(torch.eye(D), lambda x: torch.where(x > threshold, x, 0))
+        code.metadata = {"hook_name": "hook"}
+        source = TensorActivations({"hook": x})
+        results = evaluate_saes({"a": code}, activations=source, out=tmp_path, progress=False)
+        return results.summary.loc["a", "l0_mean"]
+
+    for threshold in (0.0, 1.0):
+        assert l0(threshold) == pytest.approx((x > threshold).sum(-1).double().mean().item())
+
+
+def test_a_dictionary_of_another_precision_is_read(x):
+    code = DictionaryCode(
+        torch.eye(D, dtype=torch.bfloat16), lambda x: x.relu() @ torch.eye(D).bfloat16()
+    )
+    assert code.read(x).l0.tolist() == (x > 0).sum(-1).tolist()
+
+
+def test_nobody_takes_the_name_of_one_of_ours():
+    @dataclass(frozen=True)
+    class Mine(Largest):
+        name: ClassVar[str] = "afa"
+
+    assert known_groups()["afa"].__module__ == "sae_afa_plugin.groups.afa"
+    assert Mine is not known_groups()["afa"]
+
+
+def test_results_without_text_make_a_page_and_figures(x, tmp_path):
+    silent = DictionaryCode(torch.eye(D, dtype=torch.float64), torch.zeros_like)
+    silent.metadata = {"hook_name": "hook"}
+    results = evaluate_saes(
+        {"silent": silent}, activations=TensorActivations({"hook": x}), progress=False
+    )
+    page = write_report(results, tmp_path).read_text()
+    assert "Features have 0 % of the input" in page
+    assert {file.name for file in save_plots(results, tmp_path)} >= {"zf.png", "energy.png"}
+    with pytest.raises(ValueError, match="the results have no SAE 'loud': they have 'silent'"):
+        results.tokens_of("loud")
+    at_the_bias = DictionaryCode(torch.eye(D), torch.zeros_like, torch.ones(D))
+    at_the_bias.metadata = {"hook_name": "hook"}
+    ones = TensorActivations({"hook": torch.ones(5, D)})
+    row = evaluate_saes({"a": at_the_bias}, activations=ones, progress=False).summary.loc["a"]
+    assert energy_sentence(row).startswith("The energy budget is not defined")
