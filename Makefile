@@ -49,7 +49,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/docs/pages.py
+	$(BIN)/mkdocs build --strict
 
 performance: $(INSTALLED)
 	$(BIN)/python benchmarks/activation.py
