@@ -13,7 +13,9 @@ PYTHON ?= python3
 TORCH ?= torch
 CONSTRAINTS ?= constraints.txt
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+# bytecode is made of what is used, when it is first used: so it has to be kept
+unexport PYTHONDONTWRITEBYTECODE
 # two stages: what the demo needs, and on top of it what everything else needs
 DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
