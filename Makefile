@@ -7,11 +7,14 @@
 #   make tutorials     execute the tutorials and check what they show (some minutes)
 #   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
-# Another set of versions: make VENV=.venv-newest CONSTRAINTS=/dev/null test
+#   make fast    the part of the tests that CI repeats on the lowest and the newest versions
+# Another set of versions: make VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt fast
+#                          make VENV=.venv-newest CONSTRAINTS=/dev/null fast
 VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch
-CONSTRAINTS ?= constraints.txt
+# the pinned set needs Python 3.11; the lowest one is tested on 3.10
+CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints" + "-lowest" * (sys.version_info < (3, 11)) + ".txt")')
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
 # bytecode is made of what is used, when it is first used: so it has to be kept
@@ -20,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test tutorials notebooks lint types format docs performance bench
+.PHONY: install demo test fast tutorials notebooks lint types format docs performance bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -41,6 +44,9 @@ demo: $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs
 
 tutorials: $(INSTALLED)
 	$(BIN)/python -m pytest tutorials

