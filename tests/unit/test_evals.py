@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import sae_lens
 import torch
-import wandb
 from datasets import Dataset
 from helpers.afa_oracle import metrics_of_dictionary
 from sae_lens import (
@@ -29,6 +28,7 @@ from sae_lens import (
 from sae_lens.evals import EvalConfig
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.activations_store import ActivationsStore
+from wandb.sdk.wandb_run import Run
 
 from sae_afa_plugin import AFAEvalConfig, AFAEvaluator, TopAFATrainingSAEConfig, run_evals
 from sae_afa_plugin.activations.embedded import load_embedded_model
@@ -238,9 +238,9 @@ class Recording(AFAEvaluator):
 @pytest.fixture
 def logged(monkeypatch):
     """Everything that wandb is told."""
-    told, log = {}, wandb.Run.log
+    told, log = {}, Run.log
     monkeypatch.setattr(
-        wandb.Run,
+        Run,
         "log",
         lambda self, metrics, **kwargs: told.update(metrics) or log(self, metrics, **kwargs),
     )

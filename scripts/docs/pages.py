@@ -1,8 +1,10 @@
-"""Tutorials in the site: an MkDocs hook that mkdocs.yml names.
+"""The pages of the site, before a site generator reads them: python scripts/docs/pages.py.
 
-Each ``tutorials/*.ipynb`` becomes a page, as it was saved: nothing is executed. Text stays
-Markdown, formulas become MathML, code becomes a block, output text and PNG pictures are shown.
-Without notebooks the site has no tutorials.
+Writes ``build/docs``: a copy of ``docs``, and each ``tutorials/*.ipynb`` as a page, as it was
+saved: nothing is executed. Text stays Markdown, formulas become MathML, code becomes a block,
+output text and PNG pictures are shown. Links between the two lead to the pages.
+
+What builds the site from this folder is one command of the Makefile, with mkdocs.yml.
 """
 
 from __future__ import annotations
@@ -11,15 +13,13 @@ import base64
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
 
-_TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
+ROOT = Path(__file__).parents[2]
 _LINK = re.compile(
     r"\]\((?:\.\./docs/(?P<doc>[^)]+)|(?P<notebook>[^)/:]+)\.ipynb(?P<anchor>#[^)]*)?)\)"
 )
@@ -28,14 +28,6 @@ _FORMULA = re.compile(
     r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+)\$", re.DOTALL
 )
 _TERMINAL_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-
-
-def _notebooks(config: MkDocsConfig) -> list[Path]:
-    return sorted((Path(config.config_file_path).parent / "tutorials").glob("*.ipynb"))
-
-
-def _page_of(notebook: Path) -> str:
-    return f"tutorials/{notebook.stem}.md"
 
 
 def _fenced(text: str, language: str) -> str:
@@ -103,30 +95,26 @@ def page(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
     return "\n\n".join(parts) + "\n", pictures
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository to the notebooks, as links to their pages."""
-    folder = "../" * page.file.src_uri.count("/")
-    return _TO_NOTEBOOK.sub(rf"]({folder}tutorials/\1.md", markdown)
+def write(out: Path) -> None:
+    """Write the folder anew.
+
+    Args:
+        out: What it holds is deleted first.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", out)
+    for copied in out.rglob("*.md"):
+        text = copied.read_text(encoding="utf-8")
+        up = "../" * (len(copied.relative_to(out).parts) - 1)
+        copied.write_text(_TO_NOTEBOOK.sub(rf"]({up}tutorials/\1.md", text), encoding="utf-8")
+    (out / "tutorials").mkdir()
+    for notebook in sorted((ROOT / "tutorials").glob("*.ipynb")):
+        saved = json.loads(notebook.read_text(encoding="utf-8"))
+        text, pictures = page(saved, notebook.stem)
+        (out / "tutorials" / f"{notebook.stem}.md").write_text(text, encoding="utf-8")
+        for name, content in pictures.items():
+            (out / "tutorials" / name).write_bytes(content)
 
 
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Put the tutorials into the navigation, after the guides."""
-    entries: list[dict[str, str]] = []
-    for notebook in _notebooks(config):
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        title = _TITLE.search("".join(cells[0]["source"]))
-        entries.append({title[1] if title else notebook.stem: _page_of(notebook)})
-    if entries and config.nav is not None:
-        titles = [next(iter(entry)) for entry in config.nav]
-        config.nav.insert(titles.index("Guides") + 1, {"Tutorials": entries})
-    return config
-
-
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages and their pictures."""
-    for notebook in _notebooks(config):
-        text, pictures = page(json.loads(notebook.read_text(encoding="utf-8")), notebook.stem)
-        files.append(File.generated(config, _page_of(notebook), content=text))
-        for picture, content in pictures.items():
-            files.append(File.generated(config, f"tutorials/{picture}", content=content))
-    return files
+if __name__ == "__main__":
+    write(ROOT / "build" / "docs")
