@@ -17,7 +17,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from sae_afa_plugin import AFAResults
 
 # more of them by hand: KILLS=20 python -m pytest tests/e2e/test_two_processes.py
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "1"))
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
