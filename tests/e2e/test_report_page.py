@@ -215,7 +215,7 @@ def test_nothing_in_the_page_names_an_address_to_load(page):
             element.localName === "a" ? [] : ["src", "srcset", "href", "xlink:href", "data", "poster",
             "action", "formaction"].map((name) => element.getAttribute(name) ?? "").filter((a) => a))"""
     )
-    assert sum(address.startswith("data:image/png") for address in addresses) == 4
+    assert sum(address.startswith("data:image/png") for address in addresses) == 5
     assert [address for address in addresses if not address.startswith("data:")] == []
     styles = page.execute_script(
         "return Array.from(document.querySelectorAll('style, [style]'), (s) =>"

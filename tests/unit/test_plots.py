@@ -331,6 +331,15 @@ def test_the_energy_budget_is_stacked_up_to_one():
         plots.energy_plot(results)
 
 
+@pytest.mark.filterwarnings("error")
+def test_long_names_leave_room_for_the_bars(tmp_path):
+    results = results_of(["short", "l" * 400, "two\nlines $x$"])
+    figure = plots.energy_plot(results)
+    figure.savefig(tmp_path / "energy.png")
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert labels == ["short", "l" * 18 + "…" + "l" * 18, r"two lines \$x\$"]
+
+
 def test_lines_of_the_frontier_join_no_different_hooks():
     table = frontier()
     table["hook_name"] = ["blocks.1", "blocks.2"] * (len(table) // 2)
