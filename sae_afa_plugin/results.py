@@ -121,6 +121,25 @@ class AFAResults:
             self._sequences = self._store.sequences
         return self._sequences
 
+    def only(self, names: Sequence[str]) -> AFAResults:
+        """Some of the SAEs, in this order: to be drawn or reported without the others.
+
+        Args:
+            names: Of SAEs in the summary.
+
+        Raises:
+            KeyError: If there is no such SAE.
+        """
+        summary, wanted = self.summary.loc[list(names)], set(names)
+        if self._tokens is None:
+            assert self._store is not None
+            parts = {name: self._parts[name] for name in names}
+            chosen = AFAResults._of_store(self._store, parts, summary, self.metadata)
+            chosen._temporary = self._temporary
+            return chosen
+        rows = self._tokens["sae"].isin(wanted)
+        return AFAResults(summary, self._tokens.loc[rows], self.sequences, self.metadata)
+
     # --- on disk ---
 
     def save(self, folder: str | Path) -> None:

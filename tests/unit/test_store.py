@@ -285,6 +285,21 @@ def test_results_are_saved_elsewhere_and_edited(tmp_path):
     pd.testing.assert_frame_equal(loaded.tokens, in_memory.tokens, check_exact=True)
 
 
+def test_some_of_the_saes_alone(tmp_path):
+    results = evaluate({name: small_sae(n) for n, name in enumerate("abc")}, out=tmp_path)
+    lazily, at_hand = results.only(["c", "a"]), results
+    assert at_hand.tokens is not None  # now they are read
+    for some in (lazily, at_hand.only(["c", "a"])):
+        assert list(some.summary.index) == ["c", "a"]
+        assert set(some.tokens["sae"]) == {"a", "c"}
+        pd.testing.assert_series_equal(
+            some.tokens_of("c")["nmse"].reset_index(drop=True),
+            results.tokens_of("c")["nmse"].reset_index(drop=True),
+        )
+    with pytest.raises(KeyError):
+        results.only(["d"])
+
+
 def test_a_folder_that_cannot_be_written_ends_the_run_with_what_to_do(tmp_path, monkeypatch):
     written = []
     to_parquet = pd.DataFrame.to_parquet
