@@ -78,7 +78,7 @@ def frontier_plot(
         runs = of_line.groupby("group")[["l0", "error"]]
         mean: Any = runs.mean()
         spread: Any = runs.std(ddof=1)
-        order = mean["l0"].argsort().to_numpy()
+        order = np.argsort(mean["l0"].to_numpy())  # NaN last, which pandas below 3 does not do
         mean, spread = mean.iloc[order], spread.iloc[order]
         hooks = sorted(points["hook"].unique())
         ax.errorbar(
