@@ -1,4 +1,4 @@
-"""Files that are complete or not there, whatever happens."""
+"""Files that are complete or not there, whatever happens; and what tells contents apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -44,6 +47,19 @@ def os_error(path: Path, error: OSError) -> NotWrittenError:
         f"{path.name} could not be written in {str(path.parent)!r} ({error.strerror or error}): "
         "nothing that was finished is lost, mend this and run the same again"
     )
+
+
+def add_file(digest: Any, path: Path) -> None:
+    """Let a file's content count in a digest of ``hashlib``."""
+    with path.open("rb") as content:
+        while block := content.read(1 << 20):
+            digest.update(block)
+
+
+def add_tensor(digest: Any, tensor: Tensor) -> None:
+    """Let a tensor's values count in a digest of ``hashlib``, bit for bit, in any dtype."""
+    values = tensor.detach().cpu().contiguous().view(-1)
+    digest.update(values.view(torch.uint8).numpy().data)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -314,7 +314,7 @@ def update_index(
     """
     with store.alone():
         parts: dict[str, dict[str, StoredResult]] = {}
-        for result in store.results()[0]:  # the newest of each is what counts
+        for result in store.results():  # the newest of each is what counts
             parts.setdefault(result.sae, {})[result.group] = result
         reasons: dict[str, str] = {}
         try:

@@ -41,6 +41,7 @@ from sae_afa_plugin._upstream import (
     handle_config_defaulting,
     load_sae_config_from_huggingface,
 )
+from sae_afa_plugin.files import add_file, add_tensor
 from sae_afa_plugin.spaces import linear_code, why_not
 
 _SHOWN_IDS = 8
@@ -261,9 +262,7 @@ class _FromFolder(SAESource):
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            with (self.folder / file).open("rb") as content:
-                while block := content.read(1 << 20):
-                    digest.update(block)
+            add_file(digest, self.folder / file)
         return digest.hexdigest()
 
 
@@ -300,8 +299,7 @@ class _InMemory(SAESource):
             digest.update(self._once.encode())
         for name, tensor in sorted(_tensors_of(self.sae).items()):
             digest.update(name.encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy().tobytes())
+            add_tensor(digest, tensor)
         return digest.hexdigest()
 
 

@@ -33,7 +33,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from sae_afa_plugin.files import os_error, write_json, write_whole
+from sae_afa_plugin.files import add_file, os_error, write_json, write_whole
 from sae_afa_plugin.groups.base import GroupResult
 
 SCHEMA_VERSION = 2
@@ -234,10 +234,14 @@ class Store:
         parts = json.dumps([fingerprint, self.settings, group], sort_keys=True)
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
-    def _place(self, sae: str, group: str, key: str) -> Path:
+    def _beginning(self, sae: str) -> str:
+        """How the folders of an SAE's results begin: letters that any system takes, no pattern."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", sae).strip("._")[:60] or "sae"
         name = hashlib.sha256(sae.encode()).hexdigest()[:6]
-        return self.folder / _RESULTS / f"{slug}-{name}.{group}.{key}"
+        return f"{slug}-{name}."
+
+    def _place(self, sae: str, group: str, key: str) -> Path:
+        return self.folder / _RESULTS / f"{self._beginning(sae)}{group}.{key}"
 
     def find(self, sae: str, group: str, key: str) -> StoredResult | None:
         """A result, if it is there.
@@ -332,18 +336,18 @@ class Store:
         """
         return _read_result(place)
 
-    def results(self) -> tuple[list[StoredResult], list[str]]:
-        """Every result, the newest last, and a line for each that is damaged."""
+    def results(self, sae: str | None = None) -> list[StoredResult]:
+        """Every result that can be read, the newest last.
+
+        Args:
+            sae: Only those of this SAE, without a look at the others.
+        """
         found: list[StoredResult] = []
-        damaged: list[str] = []
-        for file in sorted((self.folder / _RESULTS).glob(f"*/{_RESULT_FILENAME}")):
-            if file.parent.name.startswith("."):
-                continue
-            try:
+        beginning = "[!.]" if sae is None else self._beginning(sae)
+        for file in sorted((self.folder / _RESULTS).glob(f"{beginning}*/{_RESULT_FILENAME}")):
+            with suppress(ValueError):  # a damaged one is said when it is looked for
                 found.append(_read_result(file.parent))
-            except ValueError as error:
-                damaged.append(str(error))
-        return sorted(found, key=lambda result: result.finished), damaged
+        return sorted(found, key=lambda result: result.finished)
 
     # --- several processes ---
 
@@ -437,9 +441,7 @@ def digest_of(path: Path) -> str:
 def _digest(path: Path, size: int, modified: int) -> str:
     del size, modified
     digest = hashlib.sha256()
-    with path.open("rb") as content:
-        while block := content.read(1 << 20):
-            digest.update(block)
+    add_file(digest, path)
     return digest.hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ class Work:
     def do(self, sources: Sequence[SAESource], refused: dict[str, str]) -> None:
         """Evaluate what is missing; each SAE is kept before the next is loaded."""
         missing: list[SAESource] = []
-        before = self.newest()
+        before = {result.sae: result for result in self.store.results()}  # the newest of each
         for source in sources:
             if source.name in before:
                 try:
@@ -60,10 +60,6 @@ class Work:
             )
         if missing:
             self._evaluate(missing, refused)
-
-    def newest(self) -> dict[str, StoredResult]:
-        """The newest result of each SAE in the store."""
-        return {result.sae: result for result in self.store.results()[0]}
 
     def look_up(self, source: SAESource, fingerprint: str, before: StoredResult) -> None:
         """Take over what the store has of an SAE, as far as it is of this one."""
@@ -153,8 +149,9 @@ class _One:
         work, source, how = self.work, self.source, self.work.how
         # before loading: a file may change meanwhile
         fingerprint = source.fingerprint() if work.keeps else ""
-        if work.keeps and (before := work.newest().get(source.name)) is not None:
-            work.look_up(source, fingerprint, before)  # another process may have finished it
+        before = work.store.results(source.name) if work.keeps else []
+        if before:
+            work.look_up(source, fingerprint, before[-1])  # another process may have finished it
         done = work.done.setdefault(source.name, {})
         groups = [group for group in work.groups if group.name not in done]
         try:

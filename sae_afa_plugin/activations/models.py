@@ -9,7 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoTokenizer, GPT2LMHeadModel
 
 from sae_afa_plugin._upstream import (
@@ -24,6 +23,7 @@ from sae_afa_plugin.activations.embedded import (
     hooked_gpt2,
     load_embedded_model,
 )
+from sae_afa_plugin.files import add_file, add_tensor
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
@@ -184,8 +184,7 @@ def _digest_of_weights(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().cpu().contiguous().view(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
+        add_tensor(digest, parameter)
     return digest.hexdigest()[:16]
 
 
@@ -193,7 +192,5 @@ def _digest_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{file.relative_to(folder).as_posix()}\n".encode())
-        with file.open("rb") as content:
-            while block := content.read(1 << 20):
-                digest.update(block)
+        add_file(digest, file)
     return digest.hexdigest()[:16]

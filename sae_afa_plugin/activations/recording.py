@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,7 @@ def _plan(source: Activations, hooks: list[str], dtype: str | None) -> _Manifest
         settings = {**settings, "recorded_dtype": dtype}
     about = {hook: {"shape": list(shapes[hook]), "dtype": stored[hook]} for hook in hooks}
     manifest = _Manifest(settings, about, source.n_tokens, source.n_special, 1)
-    return _Manifest(
-        settings,
-        about,
-        source.n_tokens,
-        source.n_special,
-        max(1, _SHARD_BYTES // max(1, manifest.bytes_per_token)),
-    )
+    return replace(manifest, shard_tokens=max(1, _SHARD_BYTES // max(1, manifest.bytes_per_token)))
 
 
 def _check_same(folder: Path, content: dict[str, Any]) -> None:

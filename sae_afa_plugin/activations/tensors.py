@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations
+from sae_afa_plugin.files import add_tensor
 
 _AT_ONCE = 1 << 26  # bytes that are read from a source at a time
 
@@ -113,8 +114,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for hook, acts in sorted(tensors.items()):
         digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}".encode())
-        values = acts.detach().cpu().contiguous().view(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
+        add_tensor(digest, acts)
     return digest.hexdigest()[:16]
 
 

@@ -89,7 +89,7 @@ def test_any_names_are_told_apart_and_stay_inside(tmp_path_factory, names):
     for number, name in enumerate(names):
         add(store, name, value=float(number))
     assert [place.name for place in folder.iterdir()] == ["out"]
-    found = {r.sae: r.summary["value"] for r in Store(folder / "out").results()[0]}
+    found = {r.sae: r.summary["value"] for r in Store(folder / "out").results()}
     assert found == {name: float(number) for number, name in enumerate(names)}
 
 
