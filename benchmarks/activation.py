@@ -30,7 +30,7 @@ def published_way(acts: Tensor, target: Tensor) -> Tensor:
     values = acts.gather(-1, order)
     norms = values.square().cumsum(-1).sqrt()
     kept = (norms - target[:, None]).abs().argmin(-1)
-    mask = torch.arange(acts.shape[-1]) <= kept[:, None]
+    mask = torch.arange(acts.shape[-1], device=acts.device) <= kept[:, None]
     return torch.zeros_like(acts).scatter(-1, order, values * mask)
 
 

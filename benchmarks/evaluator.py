@@ -27,7 +27,7 @@ from measuring import machine, peak_so_far, write
 D_IN, LAYERS, CONTEXT, PROMPTS = 768, 12, 128, 8
 
 
-def load_model():
+def load_model(device: str = "cpu"):
     import torch
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -42,8 +42,9 @@ def load_model():
         act_fn="gelu_new",
         normalization_type="LN",
         seed=0,
+        device=device,
     )
-    return HookedTransformer(cfg).eval()
+    return HookedTransformer(cfg).eval().to(device)
 
 
 def tokens_of(n_tokens: int):
@@ -53,16 +54,16 @@ def tokens_of(n_tokens: int):
     return torch.randint(1, 50_257, (n_tokens // CONTEXT, CONTEXT), generator=generator)
 
 
-def make_saes(folder: Path, d_sae: int, active: int) -> None:
+def make_saes(folder: Path, d_sae: int, active: int, device: str = "cpu") -> None:
     import torch
     from sae_lens import StandardSAE, StandardSAEConfig
 
-    model, tokens = load_model(), tokens_of(4 * CONTEXT)
+    model, tokens = load_model(device), tokens_of(4 * CONTEXT)
     _, cache = model.run_with_cache(tokens, names_filter=lambda name: "hook_resid_pre" in name)
     for layer in range(LAYERS):
         hook = f"blocks.{layer}.hook_resid_pre"
         x = cache[hook].flatten(0, 1)
-        sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=d_sae))
+        sae = StandardSAE(StandardSAEConfig(d_in=D_IN, d_sae=d_sae, device=device))
         with torch.no_grad():
             sae.W_dec.div_(sae.W_dec.norm(dim=-1, keepdim=True))
             sae.W_enc.copy_(sae.W_dec.T)
@@ -72,10 +73,12 @@ def make_saes(folder: Path, d_sae: int, active: int) -> None:
         sae.save_model(folder / str(layer))
 
 
-def evaluator(folder: Path, n_tokens: int, coherence: bool) -> dict[str, float]:
+def evaluator(
+    folder: Path, n_tokens: int, coherence: bool, device: str = "cpu"
+) -> dict[str, float]:
     from sae_afa_plugin import evaluate_saes
 
-    model, tokens = load_model(), tokens_of(n_tokens)
+    model, tokens = load_model(device), tokens_of(n_tokens)
     started = time.perf_counter()
     results = evaluate_saes(
         {str(layer): folder / str(layer) for layer in range(LAYERS)},
@@ -85,6 +88,7 @@ def evaluator(folder: Path, n_tokens: int, coherence: bool) -> dict[str, float]:
         batch_size_prompts=PROMPTS,
         exclude_special_tokens=False,
         coherence=coherence,
+        device=device,
         progress=False,
     )
     return {
@@ -93,7 +97,7 @@ def evaluator(folder: Path, n_tokens: int, coherence: bool) -> dict[str, float]:
     }
 
 
-def run_evals(folder: Path, n_tokens: int) -> dict[str, float]:
+def run_evals(folder: Path, n_tokens: int, device: str = "cpu") -> dict[str, float]:
     import sae_lens
     from datasets import Dataset
     from sae_lens import SAE
@@ -101,11 +105,11 @@ def run_evals(folder: Path, n_tokens: int) -> dict[str, float]:
     from sae_lens.training.activation_scaler import ActivationScaler
     from sae_lens.training.activations_store import ActivationsStore
 
-    model, tokens = load_model(), tokens_of(n_tokens)
+    model, tokens = load_model(device), tokens_of(n_tokens)
     dataset = Dataset.from_dict({"tokens": tokens.tolist()}).to_iterable_dataset()
     started = time.perf_counter()
     for layer in range(LAYERS):
-        sae = SAE.load_from_disk(folder / str(layer))
+        sae = SAE.load_from_disk(folder / str(layer), device=device)
         store = ActivationsStore.from_config_multi_hook(
             model=model,
             dataset=dataset,
@@ -113,6 +117,7 @@ def run_evals(folder: Path, n_tokens: int) -> dict[str, float]:
             hook_d_ins={sae.cfg.metadata.hook_name: D_IN},
             context_size=CONTEXT,
             store_batch_size_prompts=PROMPTS,
+            device=device,
         )
         sae_lens.run_evals(
             sae=sae,

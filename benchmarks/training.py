@@ -31,18 +31,20 @@ from sae_lens.registry import get_sae_training_class
 from sae_lens.training.sae_trainer import SAETrainer
 from torch import Tensor, nn
 
-from sae_afa_plugin import sparse, top_afa  # and registers topafa
+from sae_afa_plugin import top_afa  # and registers topafa
+from sae_afa_plugin.saes import sparse
 
 D_IN, K = 768, 64
 LEARNING_RATE = 1e-9
 
 
 class PublishedStep(nn.Module):
-    def __init__(self, d_sae: int) -> None:
+    def __init__(self, d_sae: int, device: str) -> None:
         super().__init__()
         self.W_enc = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(D_IN, d_sae)))
         self.W_dec = nn.Parameter(nn.functional.normalize(self.W_enc.detach().T).contiguous())
         self.b_dec = nn.Parameter(torch.zeros(D_IN))
+        self.to(device)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=LEARNING_RATE)
 
     def step(self, x: Tensor) -> None:
@@ -65,23 +67,32 @@ class PublishedStep(nn.Module):
 def saelens_step(
     architecture: str, d_sae: int, batch: Tensor, compiled: bool = False, autocast: bool = False
 ) -> Callable[[], object]:
-    options: dict[str, Any] = {} if architecture == "topafa" else {"k": K}
-    cfg = TrainingSAEConfig.from_dict(
-        {"architecture": architecture, "d_in": D_IN, "d_sae": d_sae, **options}
-    )
-    sae = get_sae_training_class(architecture)[0](cfg)
+    trainer = new_trainer(architecture, d_sae, batch, LEARNING_RATE, autocast)
     if architecture == "topafa":
-        keep_about(K, sae, batch)
-    trainer = SAETrainer(
+        keep_about(K, trainer.sae, batch)
+    if compiled:
+        trainer.sae.training_forward_pass = torch.compile(trainer.sae.training_forward_pass)
+    return lambda: trainer.step(batch)
+
+
+def new_trainer(
+    architecture: str, d_sae: int, batch: Tensor, learning_rate: float, autocast: bool = False
+) -> SAETrainer[Any, Any]:
+    device = str(batch.device)
+    sizes = {"d_in": batch.shape[1], "d_sae": d_sae, "device": device}
+    options: dict[str, Any] = {} if architecture == "topafa" else {"k": K}
+    cfg = TrainingSAEConfig.from_dict({"architecture": architecture, **sizes, **options})
+    sae = get_sae_training_class(architecture)[0](cfg)
+    return SAETrainer(
         cfg=SAETrainerConfig(
             n_checkpoints=0,
             checkpoint_path=None,
             save_final_checkpoint=False,
             total_training_samples=10**9,
-            device="cpu",
+            device=device,
             autocast=autocast,
-            lr=LEARNING_RATE,
-            lr_end=LEARNING_RATE,
+            lr=learning_rate,
+            lr_end=learning_rate,
             lr_scheduler_name="constant",
             lr_warm_up_steps=0,
             adam_beta1=0.9,
@@ -96,9 +107,6 @@ def saelens_step(
         sae=sae,
         data_provider=iter(()),
     )
-    if compiled:
-        sae.training_forward_pass = torch.compile(sae.training_forward_pass)
-    return lambda: trainer.step(batch)
 
 
 def keep_about(k: int, sae: Any, batch: Tensor) -> None:
@@ -117,7 +125,7 @@ def keep_about(k: int, sae: Any, batch: Tensor) -> None:
 
 
 def published_step(d_sae: int, batch: Tensor) -> Callable[[], object]:
-    model = PublishedStep(d_sae)
+    model = PublishedStep(d_sae, str(batch.device))
     return lambda: model.step(batch)
 
 
