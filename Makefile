@@ -7,6 +7,7 @@
 #   make tutorials     execute the tutorials and check what they show (some minutes)
 #   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
+#   make gpu     all that can be measured on a CUDA card only (about six minutes)
 #   make fast    the part of the tests that CI repeats on the lowest and the newest versions
 # Another set of versions: make VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt fast
 #                          make VENV=.venv-newest CONSTRAINTS=/dev/null fast
@@ -23,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test fast tutorials notebooks lint types format docs performance bench
+.PHONY: install demo test fast tutorials notebooks lint types format docs performance gpu bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -75,6 +76,9 @@ performance: $(INSTALLED)
 	$(BIN)/python benchmarks/training.py --growth
 	$(BIN)/python benchmarks/several.py
 	$(BIN)/python benchmarks/evaluator.py
+
+gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py --json output/performance/gpu.json
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/architectures.py
