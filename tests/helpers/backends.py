@@ -53,7 +53,8 @@ if "triton" in BACKENDS:
     from sae_afa_plugin.rules import triton_kernel
 
     def _wide(*args, **kwargs):
-        with mock.patch.multiple(triton_kernel, _RESIDENT=0, _TILE=64):
+        small = {"_RESIDENT": 0, "_TILE": 64, "_WIDE_TILE": 64, "_SAMPLE": 64, "_CANDIDATES": 128}
+        with mock.patch.multiple(triton_kernel, **small):
             return BACKENDS["triton"](*args, **kwargs)
 
     BACKENDS["triton wide"] = _wide  # rows of any width as if they did not fit the registers

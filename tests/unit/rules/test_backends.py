@@ -27,11 +27,31 @@ def _random(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize("d_sae", [triton_kernel._RESIDENT, triton_kernel._RESIDENT + 100])
 def test_triton_at_the_width_where_rows_no_longer_fit(d_sae):
     rng = torch.Generator().manual_seed(0)
-    acts = torch.randn(2, d_sae, generator=rng).round(decimals=2)  # with ties
-    target = acts.relu().norm(dim=-1) * torch.tensor([0.1, 0.7])
+    acts = torch.randn(3, d_sae, generator=rng).round(decimals=2)  # with ties
+    target = acts.relu().norm(dim=-1) * torch.tensor([0.1, 0.7, 1.1])
     expected = keep_brute_force(acts.numpy(), target.numpy())
     out = BACKENDS["triton"](acts, target)
     assert torch.equal(out, torch.where(torch.from_numpy(expected), acts, 0))
+
+
+def test_triton_where_the_sample_says_the_wrong_thing():
+    """All that is large stands where the sample does not look, or everything does."""
+    d_sae, n_runs = triton_kernel._RESIDENT + 7, triton_kernel._SAMPLE // 32
+    sampled = torch.arange(d_sae) % (d_sae // n_runs) < 32
+    small = torch.rand(d_sae, generator=torch.Generator().manual_seed(0))
+    acts = torch.stack(
+        [
+            torch.where(sampled, small, 100 + small),  # more is put aside than there is room for
+            torch.where(sampled, 100 + small, small),  # what is put aside is not enough
+            torch.where(sampled, -small, small),  # nothing in the sample is positive
+            torch.where(sampled, torch.nan, small),
+        ]
+    )
+    target = acts.nan_to_num().relu().norm(dim=-1) * 0.999
+    expected = keep_brute_force(acts[:3].numpy(), target[:3].numpy())
+    out = BACKENDS["triton"](acts, target)
+    assert torch.equal(out[:3], torch.where(torch.from_numpy(expected), acts[:3], 0))
+    assert out[3].isnan().all()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles for CUDA on Linux only")
@@ -44,30 +64,31 @@ from triton.compiler import ASTSource
 from sae_afa_plugin.rules import triton_kernel as kernels
 
 KINDS = dict(
-    norms="*fp32", target="*fp32", largest="*i32", pivots="*i32", sums="*fp64", cut="*i32",
-    above="*fp64", n_above="*i32", n_equal="*i32", numbers="*i64", values="*fp64", before="*i64",
+    norms="*fp32", target="*fp32", aside="*fp32", largest="*i32", pivots="*i32", sums="*fp64",
+    cut="*i32", above="*fp64", n_equal="*i32", numbers="*i64", values="*fp64", before="*i64",
 )
 
-def compiles(kernel, dtype, resident=0, **constants):
-    constants = dict(HAS_NORMS=True, TILE=1024) | constants
+def compiles(kernel, dtype, num_warps, **constants):
+    constants = dict(HAS_NORMS=True) | constants
     kinds = KINDS | dict(acts="*" + dtype, out="*" + dtype)
     signature = {{
-        name: "constexpr" if name in constants else kinds[name.removesuffix("_ptr")]
-        for name in kernel.arg_names if name != "d_sae"
-    }} | dict(d_sae="i32")
-    signature = {{name: signature[name] for name in kernel.arg_names}}
+        name: "constexpr" if name in constants else kinds.get(name.removesuffix("_ptr"), "i32")
+        for name in kernel.arg_names
+    }}
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=constants),
         target=GPUTarget("cuda", {capability}, 32),
-        options=dict(num_warps=kernels.n_warps(resident), enable_fp_fusion=False),
+        options=dict(num_warps=num_warps, enable_fp_fusion=False),
     )
     print(len(compiled.asm["cubin"]) > 0)
 
-for resident, dtype, p in ((16384, "fp32", 2), (32768, "bf16", 1), (0, "fp16", 0)):
-    compiles(kernels.keep_row, dtype, resident, P=p, RESIDENT=resident)
-compiles(kernels.scan_row, "fp32")
+for width, dtype, p in ((12288, "fp32", 2), (32768, "bf16", 1)):
+    size, n = kernels.pieces(width)
+    compiles(kernels.keep_row, dtype, kernels.n_warps(width), P=p, SIZE=size, N=n)
+compiles(kernels.keep_wide_row, "fp16", 16, P=0, TILE=4096, SAMPLE=4096, CANDIDATES=16384)
+compiles(kernels.scan_row, "fp32", 8, TILE=1024)
 for kernel, p in ((kernels.sum_row, 2), (kernels.count_row, 1), (kernels.write_row, 0)):
-    compiles(kernel, "bf16", P=p)
+    compiles(kernel, "bf16", 8, P=p, TILE=1024)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
