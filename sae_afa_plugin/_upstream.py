@@ -55,6 +55,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformers import dynamic_module_utils
 
 __all__ = [
     "ACTIVATION_SCALER_CFG_FILENAME",
@@ -91,6 +92,7 @@ __all__ = [
     "left_as_it_was",
     "load_model",
     "load_sae_config_from_huggingface",
+    "never_asking_for_remote_code",
     "normalized_input",
     "parse_runner_config",
     "reconstruction_of",
@@ -130,6 +132,23 @@ def has_hooks(point: Any) -> bool:
         or point._backward_hooks
         or point._backward_pre_hooks
     )
+
+
+# --- transformers ---
+
+
+@contextmanager
+def never_asking_for_remote_code() -> Generator[None]:
+    """Let a repository with Python of its own be an error, where transformers asks at the terminal.
+
+    Whoever has not been asked to trust it would answer a question that an SAE's file has raised.
+    """
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
 
 
 # --- SAELens ---

@@ -164,6 +164,7 @@ def _record(args: argparse.Namespace) -> None:
         split=reading.split,
         device=args.device,
         batch_size_prompts=args.batch_size_prompts,
+        trust_remote_code=args.trust_remote_code,
         progress=True,
     )
     recording = record(

@@ -228,4 +228,9 @@ def add_record(commands: Commands) -> None:
     parser.add_argument(
         "--batch-size-prompts", type=int, default=16, help="sequences in one forward pass (16)"
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="let Python from the model's repository run (transformers' option of this name)",
+    )
     _add_reading(parser)

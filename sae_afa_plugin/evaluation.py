@@ -18,13 +18,14 @@ from typing import Any, Literal
 
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.language_model import LanguageModelActivations, Reading
+from sae_afa_plugin.activations.models import why_not_loaded
 from sae_afa_plugin.activations.recording import RecordedActivations
 from sae_afa_plugin.activations.tokens import AnyDataset, Protocol
 from sae_afa_plugin.groups.base import MetricGroup
 from sae_afa_plugin.plan import (
     Evaluation,
     as_trained,
-    is_readable,
+    left_over,
     none_left,
     other_than_wanted,
     sorted_options,
@@ -129,11 +130,16 @@ def evaluate_sources(
         raise ValueError(f"SAEs need names of their own: got {names}")
     which, how = sorted_options(protocol, fields)
     refused: dict[str, str] = {}
-    readable = [source for source in sources if is_readable(source, refused)]
-    if not readable:
-        raise none_left(refused)
+    readable = left_over(sources, lambda source: source.why_not(), refused)
     recording = None
     if activations is None:
+        if model is None or isinstance(model, str | Path):
+
+            def not_loaded(source: SAESource) -> str | None:
+                named = {} if model is None else {"model_name": None}  # the user has named it
+                return why_not_loaded({**source.metadata, **named}, how.trust_remote_code)
+
+            readable = left_over(readable, not_loaded, refused)
         which, dataset = as_trained(which, readable, dataset, protocol, fields, how.say)
         activations = LanguageModelActivations(
             model,
@@ -144,6 +150,7 @@ def evaluate_sources(
             split=split,
             device=how.device,
             batch_size_prompts=how.batch_size_prompts,
+            trust_remote_code=how.trust_remote_code,
             progress=how.progress,
         )
     else:
@@ -161,12 +168,8 @@ def evaluate_sources(
         for source in readable:
             for line in other_than_wanted(activations.settings, source):
                 how.say(line)
-            reason = wrong_processing(activations.settings, source)
-            if reason is not None:
-                refused[source.name] = reason
-        readable = [source for source in readable if source.name not in refused]
-        if not readable:
-            raise none_left(refused)
+        settings = activations.settings
+        readable = left_over(readable, lambda s: wrong_processing(settings, s), refused)
     all_groups = [*how.groups(), *groups]
     if len({group.name for group in all_groups}) < len(all_groups):
         raise ValueError(f"groups need names of their own: {[g.name for g in all_groups]}")

@@ -50,6 +50,8 @@ class Evaluation:
         core: Whether to add SAELens's own metrics (CE and KL recovered, explained variance, L0)
             as ``core_...``: three more passes of the model for each SAE.
         core_tokens: Tokens for these.
+        trust_remote_code: Whether Python from the language model's repository may run
+            (transformers' option of this name). Only you can say so, never an SAE's files.
         progress: Whether to show bars and what has been loaded.
     """
 
@@ -63,6 +65,7 @@ class Evaluation:
     coherence: bool = True
     core: bool = False
     core_tokens: int = 8192
+    trust_remote_code: bool = False
     progress: bool = True
 
     def __post_init__(self) -> None:
@@ -108,20 +111,35 @@ def sorted_options(protocol: Any, given: Mapping[str, Any]) -> tuple[Protocol, E
     )
 
 
-def is_readable(source: SAESource, refused: dict[str, str]) -> bool:
-    """Whether an SAE can be evaluated as far as its config says; if not, the reason is kept.
+def left_over(
+    sources: Iterable[SAESource],
+    reason_of: Callable[[SAESource], str | None],
+    refused: dict[str, str],
+) -> list[SAESource]:
+    """The SAEs for which there is no reason not to evaluate them.
 
     Args:
-        source: The SAE.
-        refused: Reasons by name.
+        sources: SAEs.
+        reason_of: Why one cannot be evaluated. If it raises an error, that is why: whatever one
+            SAE's files contain costs only itself.
+        refused: Reasons by name; those that are found are added.
+
+    Raises:
+        ValueError: If none is left.
     """
-    try:
-        reason = source.why_not()
-    except Exception as error:  # whatever one SAE's files contain costs only itself
-        reason = sentence(error)
-    if reason is not None:
-        refused[source.name] = reason
-    return reason is None
+    left: list[SAESource] = []
+    for source in sources:
+        try:
+            reason = reason_of(source)
+        except Exception as error:
+            reason = sentence(error)
+        if reason is None:
+            left.append(source)
+        else:
+            refused[source.name] = reason
+    if not left:
+        raise none_left(refused)
+    return left
 
 
 def sentence(error: BaseException) -> str:

@@ -71,6 +71,7 @@ class LanguageModelActivations(Activations):
         split: Split of the dataset.
         device: Where a model is loaded; None: a GPU if there is one.
         batch_size_prompts: Sequences in one forward pass.
+        trust_remote_code: Whether Python from the model's repository may run.
         progress: Whether to show a bar while tokens are collected.
 
     Raises:
@@ -94,8 +95,10 @@ class LanguageModelActivations(Activations):
         split: str = "train",
         device: str | None = None,
         batch_size_prompts: int = 16,
+        trust_remote_code: bool = False,
         progress: bool = False,
     ):
+        self._trust_remote_code = trust_remote_code
         self._given, self._dataset, self._protocol = model, dataset, protocol
         self._metadata = metadata or {}
         self._dataset_config, self._split = dataset_config, split
@@ -138,7 +141,9 @@ class LanguageModelActivations(Activations):
         if model is None or isinstance(model, str | Path):
             device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
             hooks = {hook for data in self._metadata.values() for hook in wanted_hooks(data)}
-            model = load_language_model(model, self._wanted, sorted(hooks), device)
+            model = load_language_model(
+                model, self._wanted, sorted(hooks), device, self._trust_remote_code
+            )
         longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
         if longest is not None and self._protocol.context_size > longest:
             raise ValueError(

@@ -1,9 +1,16 @@
-"""Language models: as an SAE's metadata names them, by name, or from a local folder."""
+"""Language models: as an SAE's metadata names them, by name, or from a local folder.
+
+Metadata are somebody else's words. They may say which model an SAE belongs to and how its weights
+are processed, which decides numbers. They may not choose code, files or places on this machine:
+:func:`why_not_loaded` is the only door.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
@@ -16,6 +23,7 @@ from sae_afa_plugin._upstream import (
     OFFICIAL_MODEL_NAMES,
     TransformerBridge,
     load_model,
+    never_asking_for_remote_code,
 )
 from sae_afa_plugin.activations.embedded import (
     ASSETS,
@@ -27,6 +35,25 @@ from sae_afa_plugin.files import add_file, add_tensor
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
+_CLASSES = ("HookedTransformer", "HookedMamba", "AutoModelForCausalLM")
+# of the keyword arguments, what decides numbers and can run nothing
+_DECIDES = {
+    **dict.fromkeys(("center_writing_weights", "center_unembed", "fold_ln"), bool),
+    **dict.fromkeys(("fold_value_biases", "refactor_factored_attn_matrices"), bool),
+    **dict.fromkeys(("dtype", "torch_dtype", "revision", "default_padding_side"), str),
+    **dict.fromkeys(("checkpoint_index", "checkpoint_value", "first_n_layers", "n_ctx"), int),
+    "default_prepend_bos": bool,
+}
+# and what was about the machine where the SAE was trained
+_OF_A_MACHINE = (
+    "device",
+    "device_map",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "move_to_device",
+    "n_devices",
+)
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_model_name(name: str) -> None:
@@ -50,6 +77,61 @@ def _is_known(name: str) -> bool:
     return name.lower() in (known.lower() for known in _known_names())
 
 
+def why_not_loaded(metadata: Mapping[str, Any], trust_remote_code: bool = False) -> str | None:
+    """Why a model is not loaded as an SAE's metadata say; None if it can be.
+
+    Args:
+        metadata: ``cfg.metadata`` of the SAE as a dictionary.
+        trust_remote_code: Whether the user has said so.
+
+    Example:
+        >>> why_not_loaded({"model_name": "gpt2", "model_from_pretrained_kwargs": {"token": "x"}})
+        "its metadata ask for the model to be loaded with token='x', which is not ..."
+    """
+    name = metadata.get("model_name")
+    if name and name != EMBEDDED_NAME:
+        if not _REPOSITORY.fullmatch(name) or ".." in name:
+            return (
+                f"its metadata name {name!r} as the model, which is no name on the hub: if you "
+                "trust it, pass the model yourself (--model)"
+            )
+        if Path(name).is_dir():
+            return (
+                f"its metadata name {name!r} as the model, which is a folder here: if that is the "
+                "model, pass it yourself (--model)"
+            )
+    class_name = metadata.get("model_class_name") or _CLASSES[0]
+    if class_name not in _CLASSES:
+        return f"its metadata name model_class_name={class_name!r}: it must be one of {_CLASSES}"
+    for key, value in (metadata.get("model_from_pretrained_kwargs") or {}).items():
+        if key in _OF_A_MACHINE or value is None:
+            continue
+        if key == "trust_remote_code":
+            if value is not False and not trust_remote_code:
+                return (
+                    "its metadata ask for trust_remote_code, which would run Python from the "
+                    f"repository {name!r}: read it first, then pass --trust-remote-code "
+                    "(trust_remote_code=True) or the model itself"
+                )
+        elif key not in _DECIDES:
+            return (
+                f"its metadata ask for the model to be loaded with {key}={value!r}, which is not "
+                "taken from a file: if you want it so, pass the model itself"
+            )
+        elif type(value) is not _DECIDES[key]:
+            return (
+                f"its metadata ask for the model to be loaded with {key}={value!r}, which is "
+                f"{type(value).__name__} and must be {_DECIDES[key].__name__}"
+            )
+    return None
+
+
+def _loading_kwargs(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left of the keyword arguments when nothing but numbers depends on them."""
+    given = metadata.get("model_from_pretrained_kwargs") or {}
+    return {key: value for key, value in given.items() if key in _DECIDES and value is not None}
+
+
 def shared_model(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The model that several SAEs have in common.
 
@@ -69,7 +151,7 @@ def shared_model(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         if not wanted["model_name"]:
             raise ValueError(f"the metadata of {name!r} names no model: pass the model")
         wanted["model_class_name"] = wanted["model_class_name"] or "HookedTransformer"
-        wanted["model_from_pretrained_kwargs"] = wanted["model_from_pretrained_kwargs"] or {}
+        wanted["model_from_pretrained_kwargs"] = _loading_kwargs(data)
         if not found:
             found, first = wanted, name
         elif wanted != found:
@@ -86,7 +168,11 @@ def _told(model: Mapping[str, Any]) -> str:
 
 
 def load_language_model(
-    model: str | Path | None, wanted: Mapping[str, Any], hook_names: Sequence[str], device: str
+    model: str | Path | None,
+    wanted: Mapping[str, Any],
+    hook_names: Sequence[str],
+    device: str,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A language model with hooks, processed as the SAEs were trained on it.
 
@@ -96,41 +182,67 @@ def load_language_model(
         wanted: What :func:`shared_model` returns.
         hook_names: The hooks that will be read.
         device: Where to put it.
+        trust_remote_code: Whether Python from the model's repository may run.
 
     Returns:
         A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
 
     Raises:
-        ValueError: If there is no such model, or a folder holds a model that cannot be
-            processed as the SAEs need it.
+        ValueError: If there is no such model, a folder holds a model that cannot be processed as
+            the SAEs need it, or a repository comes with Python that is not trusted.
     """
     name = str(model or wanted["model_name"])
     if name == EMBEDDED_NAME:
         return load_embedded_model(device)
+    with nullcontext() if trust_remote_code else never_asking_for_remote_code():
+        try:
+            return _load(name, wanted, hook_names, device, trust_remote_code)
+        except ValueError as error:
+            if "custom code" not in str(error):
+                raise
+            raise ValueError(
+                f"the model {name!r} comes with Python of its own, which does not run unasked: if "
+                "you trust its authors, pass --trust-remote-code (trust_remote_code=True)"
+            ) from error
+
+
+def _load(
+    name: str,
+    wanted: Mapping[str, Any],
+    hook_names: Sequence[str],
+    device: str,
+    trust_remote_code: bool,
+) -> Any:
     kwargs = dict(wanted["model_from_pretrained_kwargs"])
+    trust: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     if Path(name).is_dir():
-        return _from_folder(Path(name), wanted, kwargs, hook_names, device)
+        return _from_folder(Path(name), wanted, kwargs, trust, hook_names, device)
     if wanted["model_class_name"] != "HookedTransformer":
-        return load_model(wanted["model_class_name"], name, device, kwargs, list(hook_names))
+        class_name = wanted["model_class_name"]
+        return load_model(class_name, name, device, kwargs | trust, list(hook_names))
     if any(hook.endswith(".mlp.hook_in") for hook in hook_names) and not kwargs:
-        return TransformerBridge.boot_transformers(name, device=device)  # the only one that has it
+        # the only one that has it
+        return TransformerBridge.boot_transformers(name, device=device, **trust)
     own = [hook for hook in hook_names if not hook.startswith(("blocks.", "hook_"))]
     if own and not _is_known(name):  # new models come with transformers' names of their hooks
-        return load_model("AutoModelForCausalLM", name, device, kwargs, own)
+        return load_model("AutoModelForCausalLM", name, device, kwargs | trust, own)
     check_model_name(name)
-    return load_model("HookedTransformer", name, device, kwargs)
+    return load_model("HookedTransformer", name, device, kwargs | trust)
 
 
 def _from_folder(
     folder: Path,
     wanted: Mapping[str, Any],
     kwargs: dict[str, Any],
+    trust: dict[str, Any],
     hook_names: Sequence[str],
     device: str,
 ) -> Any:
     if wanted["model_class_name"] == "AutoModelForCausalLM":
-        return load_model("AutoModelForCausalLM", str(folder), device, kwargs, list(hook_names))
-    if AutoConfig.from_pretrained(folder).model_type == "gpt2":
+        return load_model(
+            "AutoModelForCausalLM", str(folder), device, kwargs | trust, list(hook_names)
+        )
+    if AutoConfig.from_pretrained(folder, **trust).model_type == "gpt2":
         hf_model = GPT2LMHeadModel.from_pretrained(folder)
         return hooked_gpt2(
             hf_model, AutoTokenizer.from_pretrained(folder), folder.name, device, **kwargs
@@ -140,7 +252,7 @@ def _from_folder(
             f"the SAEs need their model loaded with {kwargs}, which is not possible "
             f"for the folder {str(folder)!r}: load the model yourself and pass the object"
         )
-    return TransformerBridge.boot_transformers(str(folder), device=device)
+    return TransformerBridge.boot_transformers(str(folder), device=device, **trust)
 
 
 def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:

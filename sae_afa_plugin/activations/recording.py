@@ -30,7 +30,11 @@ from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations, Site
 from sae_afa_plugin.activations.hooks import wanted_hooks
-from sae_afa_plugin.activations.models import load_language_model
+from sae_afa_plugin.activations.models import (
+    load_language_model,
+    shared_model,
+    why_not_loaded,
+)
 from sae_afa_plugin.files import write_json, write_whole
 
 FORMAT_VERSION = 1
@@ -281,10 +285,14 @@ class RecordedActivations(Activations):
         """The language model, loaded when it is first asked for."""
         if not isinstance(self._given, str | Path):
             return self._given
-        wanted = {
-            "model_class_name": self.settings.get("model_class_name") or "HookedTransformer",
-            "model_from_pretrained_kwargs": self.settings.get("model_kwargs") or {},
+        said = {  # by whoever made the recording
+            "model_class_name": self.settings.get("model_class_name"),
+            "model_from_pretrained_kwargs": self.settings.get("model_kwargs"),
         }
+        reason = why_not_loaded(said)
+        if reason is not None:
+            raise ValueError(f"the model of the recording is not loaded: {reason}")
+        wanted = shared_model({"": {**said, "model_name": str(self._given)}})
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
         return load_language_model(self._given, wanted, self.hook_names(), device)
 

@@ -44,6 +44,7 @@ VALUES = {
     "coherence": st.booleans(),
     "core": st.booleans(),
     "core_tokens": st.integers(1),
+    "trust_remote_code": st.booleans(),
     "progress": st.booleans(),
 }
 

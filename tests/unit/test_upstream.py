@@ -10,6 +10,7 @@ import inspect
 import re
 from importlib.metadata import version
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sae_lens
@@ -272,6 +273,24 @@ def check_load_model(tmp_path):
     gpt2_tokenizer().save_pretrained(tmp_path)
     model = _upstream.load_model("AutoModelForCausalLM", str(tmp_path), "cpu", {}, [])
     assert isinstance(model, _upstream.HookedProxyLM)
+
+
+def check_never_asking_for_remote_code():
+    from transformers import dynamic_module_utils
+
+    def refused_after_asking():
+        with (
+            mock.patch("builtins.input", return_value="no") as asked,
+            pytest.raises(ValueError, match="custom code"),
+        ):
+            dynamic_module_utils.resolve_trust_remote_code(None, "x/y", False, True)
+        return asked.called
+
+    before = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    assert refused_after_asking()
+    with _upstream.never_asking_for_remote_code():
+        assert not refused_after_asking()
+    assert before == dynamic_module_utils.TIME_OUT_REMOTE_CODE
 
 
 def check_load_sae_config_from_huggingface():

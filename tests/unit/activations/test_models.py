@@ -1,0 +1,101 @@
+"""What the metadata of an SAE may say about its language model: which, and how processed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sae_afa_plugin.activations.models import load_language_model, shared_model, why_not_loaded
+
+
+def _asked(**kwargs):
+    return {"model_name": "gpt2", "model_from_pretrained_kwargs": kwargs}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model_name": "gpt2"},
+        {"model_name": "sae-afa-demo"},
+        {"model_name": "google/gemma-2-2b", "model_from_pretrained_kwargs": None},
+        {"model_name": "gpt2", "model_class_name": "AutoModelForCausalLM"},
+        _asked(center_writing_weights=True, fold_ln=False, dtype="bfloat16", n_ctx=64),
+        _asked(revision="step1000", checkpoint_value=None),
+        _asked(device="cuda", n_devices=2, device_map="auto", trust_remote_code=False),
+    ],
+)
+def test_what_decides_numbers_may_be_said(metadata):
+    assert why_not_loaded(metadata) is None
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        (_asked(trust_remote_code=True), "would run Python from the repository 'gpt2'"),
+        (_asked(trust_remote_code=1), "would run Python"),
+        (_asked(trust_remote_code="False"), "would run Python"),
+        (_asked(code_revision="x"), "code_revision='x', which is not taken from a file"),
+        (_asked(use_safetensors=False), "use_safetensors=False, which is not taken"),
+        (_asked(attn_implementation="someone/kernel"), "attn_implementation='someone/kernel'"),
+        (_asked(cache_dir="/tmp/x"), "cache_dir"),
+        (_asked(proxies={"https": "http://x"}), "proxies"),
+        (_asked(token="x"), "token"),
+        (_asked(hf_model="x"), "hf_model"),
+        (_asked(tokenizer="x"), "tokenizer"),
+        (_asked(quantization_config={"load_in_8bit": True}), "quantization_config"),
+        (_asked(fold_ln="no"), "fold_ln='no', which is str and must be bool"),
+        (_asked(n_ctx=True), "n_ctx=True, which is bool and must be int"),
+        ({"model_name": "/etc"}, "'/etc' as the model, which is no name on the hub"),
+        ({"model_name": "../models/gpt2"}, "which is no name on the hub"),
+        ({"model_name": "https://x.org/gpt2"}, "which is no name on the hub"),
+        ({"model_name": "tests"}, "which is a folder here"),
+        ({"model_name": "gpt2", "model_class_name": "os.system"}, "it must be one of"),
+    ],
+)
+def test_what_chooses_code_files_or_places_is_refused(metadata, says, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    assert says in why_not_loaded(metadata)
+
+
+def test_the_user_may_trust():
+    assert why_not_loaded(_asked(trust_remote_code=True), trust_remote_code=True) is None
+    assert why_not_loaded(_asked(token="x"), trust_remote_code=True) is not None
+
+
+_DECIDES = {"center_writing_weights", "center_unembed", "fold_ln", "fold_value_biases"}
+_DECIDES |= {"refactor_factored_attn_matrices", "dtype", "torch_dtype", "revision", "n_ctx"}
+_DECIDES |= {"default_padding_side", "default_prepend_bos", "first_n_layers"}
+_DECIDES |= {"checkpoint_index", "checkpoint_value"}
+_VALUES = st.none() | st.booleans() | st.integers() | st.text() | st.lists(st.text(), max_size=2)
+
+
+@settings(max_examples=500)
+@given(st.dictionaries(st.text(min_size=1) | st.sampled_from(sorted(_DECIDES)), _VALUES))
+def test_nothing_else_reaches_whoever_loads_the_model(kwargs):
+    metadata = _asked(**kwargs)
+    passed = shared_model({"a": metadata})["model_from_pretrained_kwargs"]
+    assert set(passed) <= _DECIDES
+    if why_not_loaded(metadata) is None:
+        assert all(type(value) in (bool, int, str) for value in passed.values())
+
+
+def test_where_it_was_trained_does_not_make_it_another_model():
+    both = {"a": _asked(fold_ln=False, n_devices=4), "b": _asked(fold_ln=False, device="cuda")}
+    assert shared_model(both)["model_from_pretrained_kwargs"] == {"fold_ln": False}
+
+
+def test_python_in_a_model_folder_does_not_run_and_nobody_is_asked(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "strange", "auto_map": {"AutoConfig": "strange.Config"}}'
+    )
+    marker = tmp_path / "ran"
+    (tmp_path / "strange.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    wanted = shared_model({"": {"model_name": str(tmp_path)}})
+    with pytest.raises(ValueError, match="comes with Python of its own.*--trust-remote-code"):
+        load_language_model(None, wanted, [], "cpu")
+    assert not marker.exists()
+    with pytest.raises(AttributeError, match="Config"):  # it has been read, and has no such class
+        load_language_model(None, wanted, [], "cpu", trust_remote_code=True)
+    assert marker.exists()
