@@ -96,6 +96,7 @@ __all__ = [
     "normalized_input",
     "parse_runner_config",
     "reconstruction_of",
+    "without_hooks",
 ]
 
 
@@ -115,7 +116,13 @@ def has_gradient_hook(parameter: Tensor, hook: Any) -> bool:
     return hook in hooks.values()
 
 
-# --- TransformerLens ---
+# --- TransformerLens: one hook point ---
+
+
+_HOOKS_OF_A_POINT = (
+    *("fwd_hooks", "bwd_hooks", "_forward_hooks", "_forward_pre_hooks"),
+    *("_backward_hooks", "_backward_pre_hooks"),
+)
 
 
 def has_hooks(point: Any) -> bool:
@@ -124,14 +131,7 @@ def has_hooks(point: Any) -> bool:
     Args:
         point: A ``HookPoint``.
     """
-    return bool(
-        point.fwd_hooks
-        or point.bwd_hooks
-        or point._forward_hooks
-        or point._forward_pre_hooks
-        or point._backward_hooks
-        or point._backward_pre_hooks
-    )
+    return any(getattr(point, name) for name in _HOOKS_OF_A_POINT)
 
 
 # --- transformers ---
@@ -149,6 +149,31 @@ def never_asking_for_remote_code() -> Generator[None]:
         yield
     finally:
         dynamic_module_utils.TIME_OUT_REMOTE_CODE = before
+
+
+# --- TransformerLens: a model ---
+
+
+@contextmanager
+def without_hooks(model: Any) -> Generator[None]:
+    """Run a language model as if nobody had put hooks on its hook points, and put them back.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+    """
+    taken: list[tuple[Any, dict[str, Any]]] = []
+    for point in model.hook_dict.values():
+        if has_hooks(point):
+            before = {name: getattr(point, name) for name in _HOOKS_OF_A_POINT}
+            taken.append((point, before))
+            for name, hooks in before.items():
+                setattr(point, name, type(hooks)())
+    try:
+        yield
+    finally:
+        for point, before in taken:
+            for name, hooks in before.items():
+                setattr(point, name, hooks)
 
 
 # --- SAELens ---

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sae_afa_plugin.activations.base import Activations
+from sae_afa_plugin.activations.hooks import unusual_state
 from sae_afa_plugin.activations.language_model import LanguageModelActivations, Reading
 from sae_afa_plugin.activations.models import why_not_loaded
 from sae_afa_plugin.activations.recording import RecordedActivations
@@ -140,6 +141,9 @@ def evaluate_sources(
                 return why_not_loaded({**source.metadata, **named}, how.trust_remote_code)
 
             readable = left_over(readable, not_loaded, refused)
+        else:
+            for line in unusual_state(model):
+                how.say(line)
         which, dataset = as_trained(which, readable, dataset, protocol, fields, how.say)
         activations = LanguageModelActivations(
             model,

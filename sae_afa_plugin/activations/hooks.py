@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 
-from sae_afa_plugin._upstream import HookedProxyLM, extract_stop_at_layer_from_tlens_hook_name
+from sae_afa_plugin._upstream import (
+    HookedProxyLM,
+    extract_stop_at_layer_from_tlens_hook_name,
+    has_hooks,
+    without_hooks,
+)
 
 
 def hook_in(model: Any, metadata: Mapping[str, Any], suffix: str = "") -> str | None:
@@ -51,6 +57,47 @@ def stop_layer(hook_names: Iterable[str]) -> int | None:
     return max(known) if len(known) == len(layers) else None
 
 
+@contextmanager
+def known_state(model: Any) -> Generator[None]:
+    """Run a language model as it was trained to run, whatever state it is in, and restore that.
+
+    Without dropout, without hooks that somebody has left on its hook points, without gradients.
+
+    Args:
+        model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+
+    Example:
+        >>> from sae_afa_plugin.activations.embedded import load_embedded_model
+        >>> model = load_embedded_model().train()
+        >>> with known_state(model):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), without_hooks(model):
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def unusual_state(model: Any) -> list[str]:
+    """What :func:`known_state` changes about a model that has parts of it, in sentences."""
+    said: list[str] = []
+    dropouts = (m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0)
+    if any(dropout.training for dropout in dropouts):
+        said.append("the model is in training mode: it is read without its dropout")
+    left = [name for name, point in model.hook_dict.items() if has_hooks(point)]
+    if left:
+        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        said.append(f"the model has hooks on {', '.join(left[:3])}{more}: it is read without them")
+    return said
+
+
 def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
     """Shapes of one token's activations at these hooks, by one pass over two tokens.
 
@@ -68,12 +115,13 @@ def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
 def _probed(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:
     try:
         # Looked up by running the model: a TransformerBridge answers to aliases as well.
-        cache = model.run_with_cache(
-            torch.zeros(1, 2, dtype=torch.long, device=device_of(model)),
-            names_filter=list(hook_names),
-            stop_at_layer=stop_layer(hook_names),
-            prepend_bos=False,
-        )[1]
+        with known_state(model):
+            cache = model.run_with_cache(
+                torch.zeros(1, 2, dtype=torch.long, device=device_of(model)),
+                names_filter=list(hook_names),
+                stop_at_layer=stop_layer(hook_names),
+                prepend_bos=False,
+            )[1]
     except (KeyError, IndexError, AttributeError):
         return {}
     shapes: dict[str, torch.Size] = {}

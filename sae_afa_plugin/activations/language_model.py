@@ -20,6 +20,7 @@ from sae_afa_plugin.activations.hooks import (
     device_of,
     hook_in,
     hook_shapes,
+    known_state,
     stop_layer,
     wanted_hooks,
 )
@@ -259,7 +260,7 @@ class LanguageModelActivations(Activations):
             model, size = self.model, self._batch_size_prompts
             rows = slice(number * size, (number + 1) * size)
             keep = self.sample.keep[rows]
-            with torch.no_grad():
+            with known_state(model):
                 _, cache = model.run_with_cache(
                     self.sample.tokens[rows].to(device_of(model)),
                     names_filter=names,

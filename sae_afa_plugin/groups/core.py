@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from sae_afa_plugin._upstream import ActivationScaler
 from sae_afa_plugin.activations.base import Activations
-from sae_afa_plugin.activations.hooks import device_of
+from sae_afa_plugin.activations.hooks import device_of, known_state
 from sae_afa_plugin.groups.base import Accumulator, Column, GroupResult, MetricGroup
 from sae_afa_plugin.spaces import EncodedTokens, LinearCode, SAELensCode
 
@@ -53,21 +53,22 @@ class _Passes(Accumulator):
             device=device_of(model),
         )
         exclude = self._activations.settings.get("exclude_special_tokens", True)
-        groups, _ = sae_lens.run_evals(
-            sae=self._sae,
-            activation_store=store,
-            model=model,
-            activation_scaler=ActivationScaler(),
-            eval_config=EvalConfig(
-                compute_kl=True,
-                compute_ce_loss=True,
-                compute_variance_metrics=True,
-                compute_sparsity_metrics=True,
-                n_eval_reconstruction_batches=batches,
-                n_eval_sparsity_variance_batches=batches,
-            ),
-            exclude_special_tokens=exclude if isinstance(exclude, bool) else list(exclude),
-        )
+        with known_state(model):
+            groups, _ = sae_lens.run_evals(
+                sae=self._sae,
+                activation_store=store,
+                model=model,
+                activation_scaler=ActivationScaler(),
+                eval_config=EvalConfig(
+                    compute_kl=True,
+                    compute_ce_loss=True,
+                    compute_variance_metrics=True,
+                    compute_sparsity_metrics=True,
+                    n_eval_reconstruction_batches=batches,
+                    n_eval_sparsity_variance_batches=batches,
+                ),
+                exclude_special_tokens=exclude if isinstance(exclude, bool) else list(exclude),
+            )
         groups.pop("token_stats")
         return GroupResult(
             {f"core_{name}": value for found in groups.values() for name, value in found.items()}

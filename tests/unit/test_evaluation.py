@@ -116,10 +116,13 @@ def test_batches_and_budgets_change_nothing(model, tokens, options):
 
 def test_the_model_runs_once_and_no_further_than_the_last_hook(model, tokens):
     seen = []
-    for layer in (0, 1):
-        model.blocks[layer].hook_resid_pre.add_perma_hook(
-            lambda tensor, hook: seen.append((hook.name, len(tensor)))
+    # of PyTorch, on the blocks: hooks of TransformerLens are taken off
+    handles = [
+        model.blocks[layer].register_forward_hook(
+            lambda _, __, output, layer=layer: seen.append((layer, len(output)))
         )
+        for layer in (0, 1)
+    ]
     try:
         evaluate(
             {"a": standard("blocks.0.hook_resid_pre"), "b": standard("blocks.0.hook_mlp_out")},
@@ -129,12 +132,13 @@ def test_the_model_runs_once_and_no_further_than_the_last_hook(model, tokens):
             exclude_special_tokens=(BOS,),
         )
     finally:
-        model.reset_hooks(including_permanent=True)
-    probes = [n for name, n in seen if n == 1 and name == "blocks.0.hook_resid_pre"]
-    batches = [n for name, n in seen if name == "blocks.0.hook_resid_pre"]
+        for handle in handles:
+            handle.remove()
+    probes = [n for layer, n in seen if n == 1 and layer == 0]
+    batches = [n for layer, n in seen if layer == 0]
     assert [n for n in batches if n > 1] == [4, 4]
     assert len(probes) == 1 + 1  # one look at all hooks before; 9 = 4 + 4 + 1
-    assert not [name for name, _ in seen if name == "blocks.1.hook_resid_pre"]
+    assert not [layer for layer, _ in seen if layer == 1]
 
 
 def test_each_sae_is_loaded_once(model, tokens, tmp_path, monkeypatch):

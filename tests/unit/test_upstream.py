@@ -16,7 +16,7 @@ import pytest
 import sae_lens
 import torch
 from datasets import Dataset
-from helpers.models import gpt2_tokenizer, tiny_gpt2
+from helpers.models import gpt2_tokenizer, tiny_gpt2, tiny_hooked_sae_transformer
 from sae_lens import (
     BatchTopKTrainingSAE,
     BatchTopKTrainingSAEConfig,
@@ -291,6 +291,21 @@ def check_never_asking_for_remote_code():
     with _upstream.never_asking_for_remote_code():
         assert not refused_after_asking()
     assert before == dynamic_module_utils.TIME_OUT_REMOTE_CODE
+
+
+def check_without_hooks():
+    model = tiny_hooked_sae_transformer(8)
+    point = model.hook_dict["blocks.0.hook_resid_pre"]
+    point.add_hook(lambda tensor, hook: tensor * 0)
+    tokens = torch.arange(4)[None]
+    hooked = model(tokens)
+    with _upstream.without_hooks(model):
+        assert not _upstream.has_hooks(point)
+        plain = model(tokens)
+    assert not torch.equal(plain, hooked)
+    assert torch.equal(model(tokens), hooked)
+    model.reset_hooks()
+    assert torch.equal(model(tokens), plain)
 
 
 def check_load_sae_config_from_huggingface():

@@ -1,12 +1,19 @@
-"""What the metadata of an SAE may say about its language model: which, and how processed."""
+"""Language models: what an SAE's metadata may say of one, and the state it is read in."""
 
 from __future__ import annotations
 
 import pytest
+import torch
+from helpers.models import tiny_hooked_sae_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from sae_afa_plugin._upstream import HookedProxyLM
+from sae_afa_plugin.activations.hooks import known_state, unusual_state
+from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.models import load_language_model, shared_model, why_not_loaded
+from sae_afa_plugin.activations.tokens import Protocol
 
 
 def _asked(**kwargs):
@@ -99,3 +106,73 @@ def test_python_in_a_model_folder_does_not_run_and_nobody_is_asked(tmp_path, mon
     with pytest.raises(AttributeError, match="Config"):  # it has been read, and has no such class
         load_language_model(None, wanted, [], "cpu", trust_remote_code=True)
     assert marker.exists()
+
+
+# --- a model in whatever state somebody has left it ---
+
+
+def _dropping():
+    """A small GPT-2 with dropout, as a TransformerBridge runs it."""
+    cfg = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    return HookedProxyLM(GPT2LMHeadModel(cfg).eval(), None, ["transformer.h.0", "transformer.h.1"])
+
+
+def _read(model, hooks):
+    tokens = torch.arange(24).view(3, 8)
+    protocol = Protocol(24, 8, prepend_bos=False, exclude_special_tokens=False)
+    return LanguageModelActivations(model, tokens, protocol).read(hooks, 0, 24)
+
+
+@pytest.mark.parametrize("kind", ["HookedTransformer", "HookedProxyLM"])
+def test_training_mode_and_hooks_do_not_change_what_is_read(kind):
+    if kind == "HookedTransformer":
+        model, hooks = tiny_hooked_sae_transformer(16), ["blocks.0.hook_resid_pre"]
+        hooks += ["blocks.1.hook_resid_pre"]
+    else:
+        model, hooks = _dropping(), ["transformer.h.0", "transformer.h.1"]
+    quiet = _read(model, hooks)
+    assert unusual_state(model) == []
+
+    seen = []
+    point = model.hook_dict[hooks[0]]
+    point.add_hook(lambda tensor, hook: seen.append(1) or tensor + 1)
+    point.add_hook(lambda tensor, hook: tensor * 2, is_permanent=True)
+    model.train()
+    first = next(model.modules())
+    for module in list(model.modules())[1:3]:
+        module.training = False  # frozen, as some do
+    flags = [module.training for module in model.modules()]
+    loud = _read(model, hooks)
+    for hook in hooks:
+        assert torch.equal(loud[hook], quiet[hook])
+        assert not loud[hook].requires_grad
+    *training, hooked = unusual_state(model)
+    has_dropout = kind == "HookedProxyLM"
+    said = "the model is in training mode: it is read without its dropout"
+    assert training == [said] * has_dropout
+    assert hooked == f"the model has hooks on {hooks[0]}: it is read without them"
+
+    # all is as it was, and the hooks still work and can still be taken off
+    assert [module.training for module in model.modules()] == flags
+    assert first.training
+    assert seen == []
+    model.eval()
+    _, cache = model.run_with_cache(torch.arange(24).view(3, 8), names_filter=hooks)
+    assert seen
+    assert not torch.allclose(cache[hooks[1]].flatten(0, 1), quiet[hooks[1]])
+    model.reset_hooks(including_permanent=True)
+    assert unusual_state(model) == []
+
+
+def test_an_error_restores_it_too():
+    model = _dropping().train()
+    model.hook_dict["transformer.h.0"].add_hook(lambda tensor, hook: tensor)
+
+    def read_and_fail():
+        with known_state(model):
+            assert unusual_state(model) == []
+            raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"):
+        read_and_fail()
+    assert len(unusual_state(model)) == 2
