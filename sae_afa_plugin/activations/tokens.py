@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    IterableDataset,
+    IterableDatasetDict,
+    load_dataset,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -24,7 +31,7 @@ from sae_afa_plugin._upstream import (
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.options import flag
 
-AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | Tensor | str | Path"
+AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | IterableDatasetDict | Tensor | Sequence[str] | str | Path"
 
 EMBEDDED_TEXT = "embedded"
 _TOKEN_COLUMNS = ("tokens", "input_ids")
@@ -180,27 +187,30 @@ def sample_tokens(
 
     Args:
         model: Anything with TransformerLens's ``to_tokens`` and ``tokenizer``.
-        dataset: A dataset with a column ``tokens``, ``input_ids`` or ``text``; token sequences
-            int64 ``[n, at least context_size]``; a folder or file (``.txt``, ``.jsonl``,
-            ``.csv``, ``.parquet``); ``"embedded"``, the documentation of Python that the
-            embedded model has not seen; or the name of a dataset on the hub, which is streamed.
+        dataset: A dataset with a column ``tokens``, ``input_ids`` or ``text``; texts in a list;
+            token sequences int64 ``[n, at least context_size]``; a folder or file (``.txt``,
+            ``.jsonl``, ``.csv``, ``.parquet``); ``"embedded"``, the documentation of Python that
+            the embedded model has not seen; or the name of a dataset on the hub, which is
+            streamed. Beside tokens, ``attention_mask`` and ``special_tokens_mask`` are followed.
         protocol: Which tokens.
         dataset_config: Configuration of a dataset on the hub, where it has several.
         split: Split of a dataset that has several.
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If the dataset has neither text nor tokens, or no token is left.
+        ValueError: If the dataset has neither text nor tokens, its tokens are not of this model,
+            it has padding before tokens, or no token is left.
     """
     special = _special_tokens(model, protocol.exclude_special_tokens)
+    vocabulary = _vocabulary(model)
     kept: list[Tensor] = []
     masks: list[Tensor] = []
     n_kept = n_special = 0
     with tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress) as bar:
-        for row in _rows(model, dataset, protocol, dataset_config, split):
-            wanted = torch.ones_like(row, dtype=torch.bool)
+        for row, wanted in _rows(model, dataset, protocol, dataset_config, split):
+            _check_ids(row, vocabulary)
             if protocol.positions == "last":
-                wanted[:-1] = False
+                wanted[: wanted.nonzero().amax()] = False
             is_special = wanted & torch.isin(row, special)
             mask = wanted & ~is_special
             surplus = n_kept + int(mask.sum()) - protocol.n_tokens
@@ -236,10 +246,34 @@ def _special_tokens(model: Any, exclude: bool | tuple[int, ...]) -> Tensor:
     return torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
 
 
+def _vocabulary(model: Any) -> int | None:
+    """How many tokens a model knows, if it says so."""
+    for cfg in (
+        getattr(model, "cfg", None),
+        getattr(getattr(model, "model", None), "config", None),
+    ):
+        for name in ("d_vocab", "vocab_size"):
+            if isinstance(getattr(cfg, name, None), int):
+                return getattr(cfg, name)
+    return None
+
+
+def _check_ids(row: Tensor, vocabulary: int | None) -> None:
+    least, most = int(row.min()), int(row.max())
+    if least < 0 or (vocabulary is not None and most >= vocabulary):
+        known = (
+            "" if vocabulary is None else f", whose ids are 0 to {vocabulary - 1} ({vocabulary})"
+        )
+        raise ValueError(
+            f"the token id {least if least < 0 else most} does not fit the model{known}: the "
+            "tokens were made with another tokenizer, or are labels"
+        )
+
+
 def _rows(
     model: Any, dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
-) -> Iterator[Tensor]:
-    """Sequences of exactly context_size tokens."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Sequences of exactly context_size tokens, and which of them are no padding: some."""
     size = protocol.context_size
     if isinstance(dataset, Tensor):
         if dataset.ndim != 2 or dataset.shape[1] < size:
@@ -247,7 +281,8 @@ def _rows(
                 f"token sequences must have shape [n, {size} or more]: got {tuple(dataset.shape)}; "
                 "pass the right context_size"
             )
-        yield from dataset[:, :size].long().cpu()
+        for row in dataset[:, :size]:
+            yield _ids(row, "tokens").cpu(), torch.ones(size, dtype=torch.bool)
         return
     documents = _documents(dataset, protocol, config, split)
     first = next(documents, None)
@@ -257,12 +292,22 @@ def _rows(
     documents = chain([first], documents)
     for column in _TOKEN_COLUMNS:
         if column in first:
-            tokens = (torch.as_tensor(document[column]).long() for document in documents)
-            yield from _cut(tokens, size, column)
+            for document in documents:
+                row = _ids(document[column], column)
+                if len(row) < size:
+                    raise ValueError(
+                        f"the column {column!r} has a sequence of {len(row)} tokens, fewer than "
+                        f"context_size={size}: pass context_size={len(row)} or less"
+                    )
+                usable = _usable(document, len(row))[:size]
+                if usable.any():
+                    yield row[:size], usable
             return
     for column in _TEXT_COLUMNS:
         if column in first:
-            yield from _sequences(model, (str(row[column] or "") for row in documents), protocol)
+            texts = (_text(row[column], column) for row in documents)
+            for row in _sequences(model, texts, protocol):
+                yield row, torch.ones(size, dtype=torch.bool)
             return
     raise ValueError(
         f"the dataset {_name(dataset)} has neither tokens nor text: it has the columns "
@@ -270,14 +315,69 @@ def _rows(
     )
 
 
-def _cut(sequences: Iterable[Tensor], size: int, column: str) -> Iterator[Tensor]:
-    for sequence in sequences:
-        if len(sequence) < size:
+def _ids(values: Any, column: str) -> Tensor:
+    """Ids of tokens as int64 ``[n]``."""
+    try:
+        ids = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        inside = values[0] if isinstance(values, list) and values else values
+        raise ValueError(
+            f"the column {column!r} must hold ids of tokens: got a {type(values).__name__} of "
+            f"{type(inside).__name__}"
+        ) from None
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(
+            f"the column {column!r} must hold a row of ids of tokens: got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}"
+        )
+    return ids.long()
+
+
+def _text(value: Any, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(
+            f"the column {column!r} must hold text: got {type(value).__name__} "
+            f"({str(value)[:60]}...); turn it into text first, with a chat template, say"
+        )
+    return value
+
+
+def _usable(document: Mapping[str, Any], n: int) -> Tensor:
+    """Which of a row's tokens other columns leave: int64 ``[n]`` columns that are called masks."""
+    usable = torch.ones(n, dtype=torch.bool)
+    for column, values in document.items():
+        if values is None or not ("mask" in column or column == "position_ids"):
+            continue
+        mask = torch.as_tensor(values)
+        if mask.shape != (n,):
             raise ValueError(
-                f"the column {column!r} has a sequence of {len(sequence)} tokens, fewer than "
-                f"context_size={size}: pass context_size={len(sequence)} or less"
+                f"the column {column!r} must have one entry for each token: got shape "
+                f"{tuple(mask.shape)} for {n} tokens"
             )
-        yield sequence[:size]
+        if column == "attention_mask":
+            real = mask.bool()
+            if not real[: int(real.sum())].all():
+                raise ValueError(
+                    "attention_mask has padding before tokens, which would shift their positions: "
+                    "pad on the right, or leave the padding out"
+                )
+            usable &= real
+        elif column == "special_tokens_mask":
+            usable &= ~mask.bool()
+        elif column == "position_ids":
+            if not torch.equal(mask.long(), torch.arange(n)):
+                raise ValueError(
+                    "position_ids are not 0, 1, 2, ..., and the model would not be told: cut the "
+                    "sequences where positions begin again, and leave the column out"
+                )
+        elif not mask.bool().all():
+            raise ValueError(
+                f"the column {column!r} leaves tokens out, and what it means is not known here: "
+                "apply it and remove it, or call it attention_mask or special_tokens_mask"
+            )
+    return usable
 
 
 def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator[Tensor]:
@@ -314,6 +414,8 @@ def content_of(dataset: AnyDataset) -> str | None:
         return hashlib.sha256(dataset.cpu().numpy().tobytes()).hexdigest()[:16]
     if isinstance(dataset, Dataset):
         return dataset_fingerprint(dataset)
+    if isinstance(dataset, list | tuple):
+        return hashlib.sha256(repr(list(dataset)).encode()).hexdigest()[:16]
     if not isinstance(dataset, str | Path) or not Path(dataset).exists():
         return None
     place = Path(dataset)
@@ -349,12 +451,22 @@ def _documents(
                 f"the dataset {name} {'is ' + what if what else ''}cannot be read "
                 f"({type(e).__name__}: {e})"
             ) from e
-    if isinstance(dataset, DatasetDict):
+    if isinstance(dataset, list | tuple):
+        kinds = sorted({type(text).__name__ for text in dataset} - {"str"})
+        if kinds:
+            raise ValueError(f"a list must hold texts: got {', '.join(kinds)}")
+        dataset = Dataset.from_dict({"text": list(dataset)})
+    if isinstance(dataset, DatasetDict | IterableDatasetDict):
         if split not in dataset:
             raise ValueError(
                 f"the dataset has no split {split!r}: it has {sorted(map(str, dataset))}"
             )
         dataset = dataset[split]
+    if not isinstance(dataset, Dataset | IterableDataset):
+        raise ValueError(
+            "a dataset must be one of the library datasets, a tensor of tokens, a list of texts, "
+            f"a name or a path: got {type(dataset).__name__}"
+        )
     if protocol.shuffle and isinstance(dataset, IterableDataset):
         dataset = dataset.shuffle(seed=protocol.seed, buffer_size=_SHUFFLE_BUFFER)
     elif protocol.shuffle and isinstance(dataset, Dataset):
@@ -383,5 +495,9 @@ def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict
     if place.is_dir():
         if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
             return load_from_disk(dataset)
+        files = [file for file in sorted(place.rglob("*")) if file.is_file()]
+        if files and all(file.suffix == ".txt" for file in files):
+            # each file is a document, as when it is named alone; datasets would make lines of it
+            return Dataset.from_dict({"text": [file.read_text("utf-8") for file in files]})
         return load_dataset(dataset, config, split=split)
     return load_dataset(dataset, config, split=split, streaming=True)

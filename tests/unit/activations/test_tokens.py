@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDatasetDict
 
 from sae_afa_plugin.activations.embedded import load_embedded_model
 from sae_afa_plugin.activations.text import standard_library_texts
@@ -206,3 +206,89 @@ def test_a_file_of_an_unknown_kind(model, tmp_path):
 def test_a_progress_bar_counts_tokens(model, capsys):
     sample(model, torch.ones(3, 16).long(), progress=True)
     assert "40/40" in capsys.readouterr().err
+
+
+# --- one door for whatever people call a dataset ---
+
+
+@pytest.mark.parametrize("kind", ["DatasetDict", "IterableDatasetDict", "list", "tuple"])
+def test_containers_of_the_same_texts_give_the_same_tokens(model, kind):
+    rows = Dataset.from_dict({"text": TEXTS})
+    same = {
+        "DatasetDict": DatasetDict(train=rows),
+        "IterableDatasetDict": IterableDatasetDict(train=rows.to_iterable_dataset()),
+        "list": TEXTS,
+        "tuple": tuple(TEXTS),
+    }
+    assert torch.equal(sample(model, same[kind]).tokens, sample(model, rows).tokens)
+
+
+def test_a_folder_of_text_files_is_what_the_files_are(model, tmp_path):
+    (tmp_path / "inner").mkdir()
+    for name, text in zip(("a", "b", "inner/c"), (TEXTS[0], TEXTS[2], TEXTS[4]), strict=True):
+        (tmp_path / f"{name}.txt").write_text(text.replace(". ", ".\n"), encoding="utf-8")
+    documents = [file.read_text(encoding="utf-8") for file in sorted(tmp_path.rglob("*.txt"))]
+    found, one = sample(model, tmp_path), sample(model, tmp_path / "a.txt", n_tokens=15)
+    assert torch.equal(found.tokens, sample(model, documents).tokens)
+    assert torch.equal(one.tokens, sample(model, documents[:1], n_tokens=15).tokens)
+
+
+def _tokens(**columns):
+    rows = torch.arange(10, 10 + 6 * 24).view(6, 24).tolist()
+    return Dataset.from_dict({"input_ids": rows, **{k: [v] * 6 for k, v in columns.items()}})
+
+
+@pytest.mark.parametrize(
+    ("column", "masked"),
+    [("attention_mask", [20, 21, 22, 23]), ("special_tokens_mask", [0, 1, 7]), ("labels", [])],
+)
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_columns_that_leave_tokens_out_are_followed(model, column, masked, positions):
+    mask = [int(i not in masked) for i in range(24)]
+    if column == "special_tokens_mask":
+        mask = [1 - value for value in mask]
+    options = {"context_size": 24, "positions": positions, "exclude_special_tokens": False}
+    found = sample(model, _tokens(**{column: mask}), **options, n_tokens=40)
+    left = [i for i in range(24) if i not in masked]
+    expected = left if positions == "all" else left[-1:]
+    assert found.keep[0].nonzero()[:, 0].tolist() == expected
+    assert found.tokens[0].tolist() == list(range(10, 34))  # padding stays where it was
+
+
+def test_a_row_of_padding_alone_is_left_out(model):
+    rows = {"input_ids": [[5] * 8, [6] * 8], "attention_mask": [[0] * 8, [1] * 8]}
+    found = sample(model, Dataset.from_dict(rows), context_size=8, exclude_special_tokens=False)
+    assert found.tokens.tolist() == [[6] * 8]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (_tokens(attention_mask=[0] + [1] * 23), "padding before tokens"),
+        (_tokens(attention_mask=[1] * 10 + [0] + [1] * 13), "padding before tokens"),
+        (_tokens(attention_mask=[1] * 23), r"one entry for each token: got shape \(23,\) for 24"),
+        (_tokens(loss_mask=[0] + [1] * 23), "the column 'loss_mask' leaves tokens out"),
+        (_tokens(position_ids=[*range(12), *range(12)]), "position_ids are not 0, 1, 2"),
+        (torch.full((2, 16), 1024), r"the token id 1024 does not fit .* 0 to 1023 \(1024\)"),
+        (torch.full((2, 16), -100), "the token id -100 does not fit the model"),
+        (torch.rand(2, 16), "'tokens' must hold a row of ids of tokens: got torch.float32"),
+        (torch.ones(2, 16, dtype=torch.bool), "must hold a row of ids of tokens: got torch.bool"),
+        (Dataset.from_dict({"tokens": [["EU", "rejects"]]}), "ids of tokens: got a list of str"),
+        (Dataset.from_dict({"tokens": [[[1] * 16] * 2]}), r"got torch.int64 of shape \(2, 16\)"),
+        (Dataset.from_dict({"tokens": [7, 8]}), r"got torch.int64 of shape \(\)"),
+        (Dataset.from_dict({"text": [[{"role": "user"}]]}), "'text' must hold text: got list"),
+        (Dataset.from_dict({"text": [3.5]}), "'text' must hold text: got float"),
+        ([TEXTS[0], 3], "a list must hold texts: got int"),
+        ([[1, 2, 3]], "a list must hold texts: got list"),
+        ({"train": 3}, "a dataset must be one of the library datasets.* got dict"),
+        (3, "a dataset must be one of .* got int"),
+    ],
+)  # fmt: skip
+def test_what_is_no_dataset_for_this_model_is_said(model, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        sample(model, dataset)
+
+
+def test_texts_that_are_missing_are_no_texts(model):
+    with_none = Dataset.from_dict({"text": [None, *TEXTS]})
+    assert torch.equal(sample(model, with_none).tokens, sample(model, TEXTS).tokens)
