@@ -28,6 +28,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sae_afa_plugin._upstream import is_transformed
+
 
 def keep_prefix(
     acts: Tensor,
@@ -56,7 +58,7 @@ def keep_prefix(
     negative target counts as 0.
 
     The gradient with respect to ``acts`` passes to the kept features only; the choice itself
-    has no gradient. Reverse mode only (``backward``, not ``torch.func.jvp``).
+    has no gradient. All of ``torch.func`` works: the derivative is the one of a fixed choice.
 
     Args:
         acts: Activations ``[..., d_sae]``, in float16, bfloat16, float32 or float64. Entries
@@ -92,7 +94,7 @@ def keep_prefix(
     if per not in ("row", "batch"):
         raise ValueError(f"per must be 'row' or 'batch': got {per!r}")
     _check(acts, "target", target, decoder_norm)
-    return _keep_prefix_op(acts, target, decoder_norm, int(p), per)
+    return _differentiable(acts, target, decoder_norm, int(p), per)
 
 
 def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
@@ -106,7 +108,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
     scores gives zeros.
 
     The gradient with respect to ``acts`` passes to the kept features only; the choice itself
-    has no gradient. Reverse mode only (``backward``, not ``torch.func.jvp``).
+    has no gradient. All of ``torch.func`` works: the derivative is the one of a fixed choice.
 
     Args:
         acts: Activations ``[..., d_sae]``, in float16, bfloat16, float32 or float64. Entries
@@ -130,7 +132,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
         tensor([[0., 0., 1., 0.]])
     """
     _check(acts, "target_norm", target_norm, decoder_norm)
-    return _keep_prefix_op(acts, target_norm, decoder_norm, 2, "row")
+    return _differentiable(acts, target_norm, decoder_norm, 2, "row")
 
 
 def _check(acts: Tensor, target_name: str, target: Tensor, decoder_norm: Tensor | None) -> None:
@@ -271,3 +273,43 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # py
 
 
 _keep_prefix_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_keep_prefix_op.register_vmap
+def _(info, in_dims, acts, target, decoder_norm, p, per):  # pyright: ignore
+    """One call for a batch of rows; one for each entry where entries do not share a choice."""
+
+    def batched(tensor, dim):  # pyright: ignore
+        return (
+            tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        )
+
+    acts, target = batched(acts, in_dims[0]), batched(target, in_dims[1])
+    if per == "row" and in_dims[2] is None:
+        return _keep_prefix_op(acts, target, decoder_norm, p, per), 0
+    norms = [None] * info.batch_size
+    if decoder_norm is not None:
+        norms = batched(decoder_norm, in_dims[2]).unbind()
+    each = zip(acts.unbind(), target.unbind(), norms, strict=True)
+    return torch.stack([_keep_prefix_op(a, t, norm, p, per) for a, t, norm in each]), 0
+
+
+@torch.compiler.assume_constant_result  # asked while a function and its transforms are traced
+def _is_transformed() -> bool:
+    return is_transformed()
+
+
+def _differentiable(
+    acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str
+) -> Tensor:
+    """The operator under whatever differentiates it.
+
+    Autograd's formula, which stores nothing but the output, is for the reverse mode alone: the
+    tangents of the forward mode would be lost without a word, and ``torch.func`` refuses it. There,
+    the choice is made without derivatives and applied with PyTorch's own operators.
+    """
+    if not _is_transformed():
+        return _keep_prefix_op(acts, target, decoder_norm, p, per)
+    norms = None if decoder_norm is None else decoder_norm.detach()
+    kept = _keep_prefix_op(acts.detach(), target.detach(), norms, p, per)
+    return torch.where(kept.isnan(), kept, torch.where(kept != 0, acts, 0))
