@@ -42,7 +42,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 
 # SAELens: which classes stand for which names
-from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY, get_sae_class
+from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.transcoder import Transcoder
 from sae_lens.tokenization_and_batching import concat_and_batch_sequences
@@ -82,7 +82,6 @@ __all__ = [
     "get_norm_scaling_factor",
     "get_pretrained_saes_directory",
     "get_repo_id_and_folder_name",
-    "get_sae_class",
     "get_sae_lens_config_from_disk",
     "get_special_token_ids",
     "handle_config_defaulting",

@@ -31,12 +31,13 @@ from typing_extensions import override
 
 from sae_afa_plugin._upstream import (
     SAE_CFG_FILENAME,
+    SAE_CLASS_REGISTRY,
+    SAE_TRAINING_CLASS_REGISTRY,
     SAE_WEIGHTS_FILENAME,
     get_conversion_loader_name,
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
     get_repo_id_and_folder_name,
-    get_sae_class,
     get_sae_lens_config_from_disk,
     handle_config_defaulting,
     load_sae_config_from_huggingface,
@@ -104,9 +105,9 @@ class SAESource(ABC):
             config = self._read_config()
             missing = [key for key in _NEEDED if key not in config]
         except (OSError, KeyError, ValueError, TypeError) as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise ValueError(
-                f"the config of {self.where!r} ({SAE_CFG_FILENAME}) cannot be read "
-                f"({type(error).__name__}: {error})"
+                f"the config of {self.where!r} ({SAE_CFG_FILENAME}) cannot be used ({kind}{error})"
             ) from error
         if missing:
             raise ValueError(f"the config of {self.where!r} has no {' and no '.join(missing)}")
@@ -178,8 +179,20 @@ def _readable_weights(where: str) -> Generator[None]:
 
 
 def _known(config: dict[str, Any]) -> dict[str, Any]:
-    get_sae_class(config["architecture"])  # a KeyError, now and not after a pass of the model
-    return config
+    """Make sure, before a pass of the model, that SAELens can load what it is."""
+    name = config["architecture"]
+    if name is None:
+        raise ValueError("it names no architecture")
+    if not isinstance(name, str) or name in SAE_CLASS_REGISTRY:
+        return config  # of a wrong kind: said where all kinds are looked at
+    if name in SAE_TRAINING_CLASS_REGISTRY:
+        raise ValueError(
+            f"it is a training checkpoint of architecture {name!r}, which cannot be loaded for "
+            "inference: save it with save_inference_model, and evaluate that"
+        )
+    near = get_close_matches(name, SAE_CLASS_REGISTRY, n=3)
+    hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"SAELens knows no architecture {name!r}{hint}")
 
 
 class _FromHub(SAESource):

@@ -216,6 +216,27 @@ def test_metadata_of_wrong_kinds_cost_only_their_sae(tmp_path, name, value, said
     assert said in results.metadata["refused"]["wrong"]
 
 
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("batchtopk", "it is a training checkpoint of architecture 'batchtopk', which cannot be"),
+        ("matryoshka_batchtopk", "save it with save_inference_model, and evaluate that"),
+        ("jumprelo", "SAELens knows no architecture 'jumprelo': did you mean 'jumprelu'"),
+        ("zzz", "SAELens knows no architecture 'zzz')"),
+        (3, "its config has architecture=3, which is int and must be str"),
+        (None, "cannot be used (it names no architecture)"),
+    ],
+)
+def test_architectures_that_cannot_be_loaded_cost_only_their_sae(tmp_path, architecture, said):
+    small_sae().save_model(tmp_path / "sae")
+    config = json.loads((tmp_path / "sae/cfg.json").read_text())
+    config["architecture"] = architecture
+    (tmp_path / "sae/cfg.json").write_text(json.dumps(config))
+    results = evaluate({"wrong": tmp_path / "sae", "good": small_sae(1)})
+    assert list(results.summary.index) == ["good"]
+    assert said in results.metadata["refused"]["wrong"]
+
+
 # --- several at once ---
 
 

@@ -102,12 +102,6 @@ def check_sae_training_class_registry():
     assert found == (TopKTrainingSAE, TopKTrainingSAEConfig)
 
 
-def check_get_sae_class():
-    assert _upstream.get_sae_class("standard")[0] is StandardSAE
-    with pytest.raises(KeyError):
-        _upstream.get_sae_class("no such architecture")
-
-
 def check_activationscaler():
     assert torch.equal(_upstream.ActivationScaler().scale(X), X)
     assert torch.equal(_upstream.ActivationScaler(scaling_factor=2.0).scale(X), 2 * X)
