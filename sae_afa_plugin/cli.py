@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import shlex
 import sys
 from collections.abc import Sequence
@@ -249,6 +250,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; None takes those of the process.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # what a terminal cannot show is no reason to lose what has been computed
+            stream.reconfigure(errors="replace")
     args, rest = _parser().parse_known_args(argv)
     if rest and args.command != "train":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -101,3 +102,24 @@ def test_it_costs_the_others_nothing(strange, tmp_path):
         done.stdout.split()
     )
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_terminal_that_cannot_show_everything_loses_nothing(tmp_path, encoding):
+    folder = _sae(tmp_path / "größe", "sae-afa-demo")
+    command = [sys.executable, "-m", "sae_afa_plugin.cli"]
+    evaluate = ["evaluate", "--path", str(folder), "--dataset", "embedded", "--tokens", "100"]
+    for arguments in ([*evaluate, "--out", "out"], ["report", "out"], ["evaluate", "--help"]):
+        done = subprocess.run(
+            [*command, *arguments],
+            env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding},
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        shown = done.stdout.decode(encoding)
+        if arguments[0] == "evaluate" and "--help" not in arguments:
+            assert ("größe" if encoding != "ascii" else "gr??e") in shown
+    assert (tmp_path / "out" / "results.json").is_file()
