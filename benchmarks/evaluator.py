@@ -44,7 +44,7 @@ def load_model(device: str = "cpu"):
         seed=0,
         device=device,
     )
-    return HookedTransformer(cfg).eval().to(device)
+    return HookedTransformer(cfg).eval()
 
 
 def tokens_of(n_tokens: int):

@@ -31,13 +31,13 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import evaluator
 import torch
 import training
 from activation import published_way
+from measuring import median_seconds
 from torch import Tensor
 
 from sae_afa_plugin import evaluate_saes, keep_prefix, paper_runner_config, top_afa
@@ -60,16 +60,14 @@ class Card:
             torch.cuda.synchronize()
 
     def ms(self, function: Callable[[], object], repeats: int = 15, warm_up: int = 3) -> float:
-        """The median of some calls."""
-        times: list[float] = []
-        for repeat in range(warm_up + repeats):
-            self.wait()
-            started = time.perf_counter()
+        """The median of some calls, each to its end on the card."""
+
+        def whole() -> None:
             function()
             self.wait()
-            if repeat >= warm_up:
-                times.append(1000 * (time.perf_counter() - started))
-        return median(times)
+
+        self.wait()
+        return 1000 * median_seconds(whole, repeats, warm_up)
 
     def peak_gib(self, function: Callable[[], object]) -> float:
         """Memory of the card at most during a call, with all that is there already."""
@@ -369,13 +367,9 @@ STEPS: dict[str, Callable[[Card], Iterable[Row]]] = {
 def _shown(value: Any) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
-    return (
-        f"{value:.2e}"
-        if 0 < abs(value) < 0.005
-        else f"{value:,.3g}"
-        if abs(value) < 1000
-        else f"{value:,.0f}"
-    )
+    if 0 < abs(value) < 0.005:
+        return f"{value:.2e}"
+    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def main() -> None:

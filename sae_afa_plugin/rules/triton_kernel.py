@@ -1,12 +1,12 @@
-"""The prefix operator on CUDA devices, in Triton: per row, one read and one write of the matrix.
+"""The prefix operator on CUDA devices, in Triton: per row, the matrix is read once and written once.
 
 One program handles one row. Positive floating point numbers are ordered as their bits are, and the
 smallest kept score is searched among these: the sum of powers at and above a pivot is compared with
 the goal, the pivot is interpolated (regula falsi on the logarithm of the sum, with the weights of
 the Illinois method), and both ends of the bracket are moved to scores that exist. That takes 5 to 10
 sums over the row where bisection takes 31. A row of up to 32,768 features stays in registers all
-the time. Of a wider one, a sample says between which bits to look; what lies between them is put
-aside in one reading of the row and searched in registers, and the second reading writes the result.
+the time. Of a wider one, a sample says from which bits on scores are put aside in one reading of the
+row, to be searched in registers, and the second reading writes the result.
 
 The search runs in float32, and one sum in float64 confirms its answer, or else moves it by some
 scores, or else the search is repeated in float64. So the result is the one of the definition in
@@ -31,9 +31,9 @@ from torch import Tensor
 
 from sae_afa_plugin.rules.operator import Backend, total_target
 
-_RESIDENT = 32_768  # features of a row that fit the registers of 1,024 threads
+_RESIDENT = 32_768  # features of a row that fit the registers of 512 threads
 _TILE = 1_024  # features that are read at a time in the batch's passes
-_WIDE_TILE = 4_096  # and of a wide row
+_WIDE_TILE, _WIDE_WARPS = 4_096, 16  # and of a wide row, and by how many warps
 _SAMPLE = 4_096  # features of a wide row that say where to look
 _CANDIDATES = 16_384  # scores of a wide row that are put aside and searched in registers
 _BITS = tl.constexpr(0x7FFFFFFF)
@@ -70,7 +70,7 @@ def keep_prefix(
             aside = torch.empty(target.numel(), _CANDIDATES, device=acts.device)
             constants |= {"TILE": _WIDE_TILE, "SAMPLE": _SAMPLE, "CANDIDATES": _CANDIDATES}
             keep_wide_row[grid](
-                acts, norms, target, out, aside, d_sae, P=p, num_warps=n_warps(0), **constants
+                acts, norms, target, out, aside, d_sae, P=p, num_warps=_WIDE_WARPS, **constants
             )
     return out
 
@@ -82,8 +82,8 @@ def pieces(d_sae: int) -> tuple[int, int]:
 
 
 def n_warps(width: int) -> int:
-    """48 or 64 features for each thread where a row is in registers, else 16 warps."""
-    return max(1, (1 << (width - 1).bit_length()) // 2048) if width else 16
+    """How many warps hold a row: 48 or 64 features for each thread."""
+    return max(1, (1 << (width - 1).bit_length()) // 2048)
 
 
 def _keep_batch(
@@ -368,6 +368,40 @@ def _write_piece(
 
 
 @triton.jit
+def _write(
+    acts_ptr,
+    norms_ptr,
+    out_ptr,
+    row,
+    d_sae,
+    cut,
+    n_kept,
+    n_equal,
+    n_before,
+    finite,
+    HAS_NORMS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """All of a row. ``n_before`` scores equal to the cut stand in earlier rows."""
+    for start in range(0, d_sae, TILE):
+        columns = start + tl.arange(0, TILE)
+        n_before = _write_piece(
+            acts_ptr,
+            norms_ptr,
+            out_ptr,
+            row,
+            columns,
+            d_sae,
+            cut,
+            n_kept,
+            n_equal,
+            n_before,
+            finite,
+            HAS_NORMS,
+        )
+
+
+@triton.jit
 def _target(target_ptr, row, P: tl.constexpr):
     """The target, at least 0, what the sums have to reach for it, and whether it is finite."""
     target = tl.load(target_ptr + row).to(tl.float64)
@@ -512,22 +546,20 @@ def keep_wide_row(
     n_kept = _kept_of_equal(above, n_equal, cut, target, goal, P, tl.int32)
 
     n_before = tl.zeros((), tl.int32)
-    for start in range(0, d_sae, TILE):
-        columns = start + tl.arange(0, TILE)
-        n_before = _write_piece(
-            acts_ptr,
-            norms_ptr,
-            out_ptr,
-            row,
-            columns,
-            d_sae,
-            cut,
-            n_kept,
-            n_equal,
-            n_before,
-            finite,
-            HAS_NORMS,
-        )
+    _write(
+        acts_ptr,
+        norms_ptr,
+        out_ptr,
+        row,
+        d_sae,
+        cut,
+        n_kept,
+        n_equal,
+        n_before,
+        finite,
+        HAS_NORMS,
+        TILE,
+    )
 
 
 @triton.jit
@@ -641,22 +673,20 @@ def write_row(
     n_kept = _kept_of_equal(above, n_equal, cut, target, goal, P, tl.int64)
     n_before = tl.load(before_ptr + row)
     finite = tl.load(largest_ptr + row) >= 0
-    for start in range(0, d_sae, TILE):
-        columns = start + tl.arange(0, TILE)
-        n_before = _write_piece(
-            acts_ptr,
-            norms_ptr,
-            out_ptr,
-            row,
-            columns,
-            d_sae,
-            cut,
-            n_kept,
-            n_equal,
-            n_before,
-            finite,
-            HAS_NORMS,
-        )
+    _write(
+        acts_ptr,
+        norms_ptr,
+        out_ptr,
+        row,
+        d_sae,
+        cut,
+        n_kept,
+        n_equal,
+        n_before,
+        finite,
+        HAS_NORMS,
+        TILE,
+    )
 
 
 def _supports(acts: Tensor, p: int, per: str) -> bool:
