@@ -102,6 +102,7 @@ __all__ = [
 # --- torch ---
 
 
+@torch.compiler.assume_constant_result  # asked while a function and its transforms are traced
 def is_transformed() -> bool:
     """Whether ``torch.func`` (vmap and its like) or forward-mode differentiation is at work."""
     return (

@@ -75,14 +75,16 @@ def known_state(model: Any) -> Generator[None]:
         >>> model.training
         True
     """
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
+    # only what has to change: setting every flag of a TransformerBridge takes 13 ms
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         with torch.no_grad(), without_hooks(model):
             yield
     finally:
-        for module, training in before:
-            module.training = training
+        for module in training:
+            module.training = True
 
 
 def unusual_state(model: Any) -> list[str]:

@@ -345,7 +345,7 @@ def _text(value: Any, column: str) -> str:
 
 
 def _usable(document: Mapping[str, Any], n: int) -> Tensor:
-    """Which of a row's tokens other columns leave: int64 ``[n]`` columns that are called masks."""
+    """Which of a row's ``n`` tokens its other columns leave: boolean ``[n]``."""
     usable = torch.ones(n, dtype=torch.bool)
     for column, values in document.items():
         if values is None or not ("mask" in column or column == "position_ids"):

@@ -294,11 +294,6 @@ def _(info, in_dims, acts, target, decoder_norm, p, per):  # pyright: ignore
     return torch.stack([_keep_prefix_op(a, t, norm, p, per) for a, t, norm in each]), 0
 
 
-@torch.compiler.assume_constant_result  # asked while a function and its transforms are traced
-def _is_transformed() -> bool:
-    return is_transformed()
-
-
 def _differentiable(
     acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str
 ) -> Tensor:
@@ -308,7 +303,7 @@ def _differentiable(
     tangents of the forward mode would be lost without a word, and ``torch.func`` refuses it. There,
     the choice is made without derivatives and applied with PyTorch's own operators.
     """
-    if not _is_transformed():
+    if not is_transformed():
         return _keep_prefix_op(acts, target, decoder_norm, p, per)
     norms = None if decoder_norm is None else decoder_norm.detach()
     kept = _keep_prefix_op(acts.detach(), target.detach(), norms, p, per)

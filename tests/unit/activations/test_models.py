@@ -112,7 +112,7 @@ def test_python_in_a_model_folder_does_not_run_and_nobody_is_asked(tmp_path, mon
 
 
 def _dropping():
-    """A small GPT-2 with dropout, as a TransformerBridge runs it."""
+    """A small GPT-2 with dropout, as SAELens runs models of transformers."""
     cfg = GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=16)
     return HookedProxyLM(GPT2LMHeadModel(cfg).eval(), None, ["transformer.h.0", "transformer.h.1"])
 

@@ -22,15 +22,15 @@ TANGENT = torch.randn(5, D_SAE, generator=RNG, dtype=torch.float64)
 PERS = pytest.mark.parametrize("per", ["row", "batch"])
 
 
-def _mask(per, acts=ACTS):
+def _mask(per):
     """What is kept, by the definition and one sort."""
-    scores = acts * NORMS
+    scores = ACTS * NORMS
     flat, goal = (scores, TARGETS) if per == "row" else (scores.view(1, -1), TARGETS.norm()[None])
     order = flat.sort(descending=True, stable=True)
     norms = order.values.clamp(min=0).square().cumsum(-1).sqrt()
     distance = (norms - goal[:, None]).abs().where(order.values > 0, torch.inf)
     kept = torch.arange(flat.shape[1]) <= distance.argmin(-1, keepdim=True)
-    return torch.zeros_like(kept).scatter(-1, order.indices, kept).view_as(acts)
+    return torch.zeros_like(kept).scatter(-1, order.indices, kept).view_as(ACTS)
 
 
 def _keep(per):
