@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NoReturn
 
 import wandb.errors
 from rich.console import Console
 from safetensors import SafetensorError
+from typing_extensions import override
 
 import sae_afa_plugin
 from sae_afa_plugin import __version__
@@ -26,6 +28,7 @@ from sae_afa_plugin.commands import add_evaluate, add_record, evaluation_given, 
 from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.groups.afa import energy_sentence
+from sae_afa_plugin.printable import printable, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tables import results_table
@@ -44,8 +47,14 @@ _USERS_MISTAKES = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    @override
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))  # a shell may have put names of files there
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="sae-afa",
         description="Approximate feature activation (AFA) for SAELens.",
         epilog="Every command explains itself with --help.",
@@ -113,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(line: str, wrap: bool = False) -> None:
+    """Print a line; ``wrap`` is for sentences, what is copied stays in one piece."""
+    Console(soft_wrap=not wrap).print(printable(line), markup=False, highlight=False)
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     sources: list[SAESource] = []
     if args.release is not None:
@@ -136,13 +150,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         )
     )
     for name, row in results.summary.iterrows():
-        console.print(f"{name}: {energy_sentence(row.to_dict())}", markup=False, highlight=False)
+        _say(f"{name}: {energy_sentence(row.to_dict())}", wrap=True)
     for name, reason in results.metadata["refused"].items():
-        console.print(f"{name} was not evaluated: {reason}", markup=False)
-    console.print(
-        f"Results: {args.out / RESULTS_FILENAME}\nA page about them: {_next(args.out)}",
-        markup=False,
-    )
+        _say(f"{name} was not evaluated: {reason}", wrap=True)
+    _say(f"Results: {args.out / RESULTS_FILENAME}")
+    _say(f"A page about them: {shlex.join(['sae-afa', 'report', str(args.out)])}")
     return 1 if results.metadata["refused"] else 0
 
 
@@ -155,7 +167,6 @@ def _record(args: argparse.Namespace) -> None:
     dataset, protocol = with_default_text(reading.dataset, replace(protocol, **options), options)
     if protocol.prepend_bos is None:
         protocol = replace(protocol, prepend_bos=True)
-    console = Console()
     source = LanguageModelActivations(
         reading.model,
         dataset,
@@ -174,25 +185,19 @@ def _record(args: argparse.Namespace) -> None:
         args.out,
         args.dtype,
         progress=True,
-        say=lambda line: console.print(line, markup=False, highlight=False),
+        say=_say,
     )
-    console.print(
+    _say(
         f"{recording.n_tokens:,} tokens in {args.out}. To evaluate SAEs on them: "
-        f"{shlex.join(['sae-afa', 'evaluate', '--path', 'SAE', '--activations', str(args.out)])}",
-        markup=False,
-        highlight=False,
+        f"{shlex.join(['sae-afa', 'evaluate', '--path', 'SAE', '--activations', str(args.out)])}"
     )
-
-
-def _next(folder: Path) -> str:
-    return shlex.join(["sae-afa", "report", str(folder)])
 
 
 def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Folders by their last part, or by the whole path where that is not enough."""
     last = [folder.resolve().name for folder in folders]
     return {
-        name if last.count(name) == 1 else str(folder): folder
+        printable(name if last.count(name) == 1 else str(folder)): folder
         for name, folder in zip(last, folders, strict=True)
     }
 
@@ -212,16 +217,17 @@ def _demo(model: str, out: Path) -> None:
     )
     if model == "embedded":
         facts = embedded_model_facts()
-        console.print(
+        _say(
             "The language model predicts the held-out text with "
             f"{facts['validation_bits_per_token']:.2f} bits per token "
             f"(unigram entropy {facts['unigram_bits_per_token']:.2f})."
         )
     for name, reason in results.metadata["refused"].items():
-        console.print(f"{name} is not in the table: {reason}", markup=False)
+        _say(f"{name} is not in the table: {reason}", wrap=True)
     report = sae_afa_plugin.write_report(results, out / EVALUATION_FOLDER)
-    console.print(f"SAEs and training logs: {out}\nResults: {out / EVALUATION_FOLDER}")
-    console.print(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
+    _say(f"SAEs and training logs: {out}")
+    _say(f"Results: {out / EVALUATION_FOLDER}")
+    _say(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -241,7 +247,8 @@ def _train(arguments: Sequence[str]) -> None:
         ) from error
     if runner.cfg.output_path is not None:
         folder = Path(runner.cfg.output_path)
-        Console().print(f"SAE: {folder}\nTraining log: {folder / LOG_FILENAME}")
+        _say(f"SAE: {folder}")
+        _say(f"Training log: {folder / LOG_FILENAME}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             # what a terminal cannot show is no reason to lose what has been computed
             stream.reconfigure(errors="replace")
+    show_only_printable_messages()
     args, rest = _parser().parse_known_args(argv)
     if rest and args.command != "train":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
@@ -267,10 +275,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "plot":
             figures = args.out or args.results / "figures"
             for file in sae_afa_plugin.plots.save_plots(AFAResults.load(args.results), figures):
-                print(file)  # noqa: T201
+                _say(str(file))
         elif args.command == "report":
             path = args.out or args.results / REPORT_FILENAME
-            print(sae_afa_plugin.write_report(AFAResults.load(args.results), path))  # noqa: T201
+            _say(str(sae_afa_plugin.write_report(AFAResults.load(args.results), path)))
         else:
             _train(rest)
     except KeyboardInterrupt:
@@ -279,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
         return 130
     except _USERS_MISTAKES as error:
-        message = " ".join(str(error).split())
+        message = printable(" ".join(str(error).split()))
         if len(message) > _LONGEST_MESSAGE:
             message = message[:_LONGEST_MESSAGE] + " ..."
         # a progress bar may have left its line open

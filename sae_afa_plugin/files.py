@@ -25,6 +25,7 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """
     partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
     try:
+        partial.unlink(missing_ok=True)  # or a link that somebody left there would be followed
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())

@@ -21,6 +21,7 @@ from sae_afa_plugin.groups.coherence import Coherence
 from sae_afa_plugin.groups.core import Core
 from sae_afa_plugin.groups.frequencies import Frequencies
 from sae_afa_plugin.options import flag
+from sae_afa_plugin.printable import printable
 from sae_afa_plugin.sources import SAESource
 
 
@@ -81,7 +82,7 @@ class Evaluation:
     def say(self, line: str) -> None:
         """Print a line above the progress bars."""
         if self.progress:
-            tqdm.write(line)
+            tqdm.write(printable(line))
 
     def groups(self) -> list[MetricGroup]:
         """The groups of metrics that these options ask for."""
@@ -144,7 +145,7 @@ def left_over(
 
 def sentence(error: BaseException) -> str:
     """An error in one line, with its kind where its text alone may say nothing."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"there is not enough memory for it ({text or type(error).__name__})"
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

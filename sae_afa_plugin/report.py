@@ -47,7 +47,9 @@ def write_report(results: AFAResults, path: str | Path, n_points: int = _POINTS)
     if path.is_dir():
         path = path / REPORT_FILENAME
     page = render_report(results, n_points)
-    write_whole(path, lambda partial: partial.write_text(page, encoding="utf-8"))
+    # names of folders may hold bytes that are no UTF-8
+    content = page.encode(errors="backslashreplace")
+    write_whole(path, lambda partial: partial.write_bytes(content))
     return path
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from sae_afa_plugin.files import write_json, write_whole
 from sae_afa_plugin.groups.base import GroupResult
+from sae_afa_plugin.printable import cell, printable
 from sae_afa_plugin.store import SCHEMA_VERSION, TOKEN, Store, StoredResult
 
 RESULTS_FILENAME = "results.json"
@@ -226,10 +227,19 @@ def summary_of(parts: Parts) -> pd.DataFrame:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    for name in rows:
+        if printable(name) != name:  # none is made so
+            raise ValueError(f"{name!r} is no name of an SAE")
     # NaN for whatever is missing, as it comes back from a file
     table = pd.DataFrame.from_dict(dict(rows), orient="index")
+    table = table.map(_words)
     # a copy is one block: columns can be added without pandas finding it fragmented
     return table.astype(object).where(table.notna(), np.nan).infer_objects().copy()
+
+
+def _words(value: Any) -> Any:
+    # a tab stands between a release and an id
+    return "\t".join(map(printable, value.split("\t"))) if isinstance(value, str) else value
 
 
 def write_index(
@@ -244,7 +254,8 @@ def write_index(
         metadata: As in :class:`AFAResults`.
     """
     write_whole(
-        store.folder / SUMMARY_FILENAME, lambda path: summary.to_csv(path, index_label="sae")
+        store.folder / SUMMARY_FILENAME,
+        lambda path: summary.map(cell).rename(index=cell).to_csv(path, index_label="sae"),
     )
     rows = {
         str(name): {

@@ -43,6 +43,7 @@ from sae_afa_plugin._upstream import (
     load_sae_config_from_huggingface,
 )
 from sae_afa_plugin.files import add_file, add_tensor
+from sae_afa_plugin.printable import printable
 from sae_afa_plugin.spaces import linear_code, why_not
 
 _SHOWN_IDS = 8
@@ -197,7 +198,7 @@ def _known(config: dict[str, Any]) -> dict[str, Any]:
 
 class _FromHub(SAESource):
     def __init__(self, release: str, sae_id: str):
-        super().__init__(sae_id)
+        super().__init__(printable(sae_id))
         self.release, self.sae_id = release, sae_id
         lookup = get_pretrained_saes_directory().get(release)
         if lookup is not None:
@@ -381,7 +382,7 @@ def shown_origin(origin: str) -> str:
     return origin.replace("\t", "/")
 
 
-def sources_of(saes: Mapping[str, Any]) -> list[SAESource]:
+def sources_of(saes: Mapping[str, Any] | Any) -> list[SAESource]:
     """Sources from objects, folders and pairs of release and id, by name.
 
     Args:
@@ -390,8 +391,17 @@ def sources_of(saes: Mapping[str, Any]) -> list[SAESource]:
             ``(release, sae_id)``, or :class:`Excluded`.
 
     Raises:
-        ValueError: If a folder holds no SAE, or a release or id is not known.
+        ValueError: If a name is no printable text, a folder holds no SAE, or a release or id is
+            not known.
     """
+    if not isinstance(saes, Mapping):
+        raise ValueError(
+            f"SAEs are given by name, as {{'mine': sae}}: got {type(saes).__name__} without a name"
+        )
+    names: list[Any] = list(saes)
+    for name in names:
+        if not isinstance(name, str) or not name or printable(name) != name:
+            raise ValueError(f"an SAE's name must be printable text: got {name!r}")
     found: list[SAESource] = []
     for name, sae in saes.items():
         if isinstance(sae, Excluded):

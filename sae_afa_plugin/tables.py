@@ -12,6 +12,7 @@ from rich.text import Text
 
 from sae_afa_plugin.groups import shown_columns as group_columns
 from sae_afa_plugin.groups.base import Column
+from sae_afa_plugin.printable import printable
 from sae_afa_plugin.results import AFAResults
 
 _ALWAYS = 4  # columns that no table goes without
@@ -62,15 +63,17 @@ def results_table(results: AFAResults, title: str = "", width: int | None = None
     columns = shown_columns(results.summary)
     less_needed = sorted(columns, key=lambda column: column.need)[:-_ALWAYS]
     while True:
-        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("SAE", no_wrap=True)
         for column in columns:
             table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
         for name, row in results.summary.iterrows():
-            table.add_row(Text(str(name)), *(shown(column, row[column.name]) for column in columns))
+            table.add_row(
+                Text(printable(str(name))), *(shown(column, row[column.name]) for column in columns)
+            )
         table.title = None  # it may wrap, and must not count here
         fits = width is None or Console(width=10_000).measure(table).minimum <= width
-        table.title = Text(title)
+        table.title = Text(printable(title))
         if fits or not less_needed:
             return table
         columns.remove(less_needed.pop(0))

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.printable import printable
 from sae_afa_plugin.training.folder import DIVERGED, FINISHED, UNDER_WAY, TrainingFolder, claimed
 from sae_afa_plugin.training.run import Run, SAETraining
 from sae_afa_plugin.training.stream import Blocks, default_block
@@ -77,7 +78,7 @@ def train_saes(
     out, metadata = Path(out), metadata or {}
     block_tokens = _block_tokens(trainings, block_tokens)
     for name in trainings:
-        if not name or name.startswith(".") or Path(name).name != name:
+        if not name or name.startswith(".") or Path(name).name != name or printable(name) != name:
             raise ValueError(f"an SAE's name becomes a folder, which {name!r} cannot be")
     with claimed(out):
         folders = {

@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from sae_afa_plugin._upstream import SPARSITY_FILENAME
 from sae_afa_plugin.activations.base import Site
+from sae_afa_plugin.printable import printable
 from sae_afa_plugin.training.folder import DIVERGED, FAILED, STATE_FILENAME, TrainingFolder
 from sae_afa_plugin.training.log import LOG_FILENAME, Stopwatch, TrainingLog
 from sae_afa_plugin.training.stream import PER_TOKEN_NORMALIZATIONS, Blocks, Stream
@@ -230,7 +231,7 @@ class Run:
             torch.cuda.empty_cache()
         self.folder.say(state, step, self._watch.seconds, reason)
         if self._progress:
-            tqdm.write(f"{self.name} was left behind: {reason}")
+            tqdm.write(printable(f"{self.name} was left behind: {reason}"))
         return False
 
     def _why(self, error: Exception) -> str:
