@@ -42,6 +42,7 @@ from sae_lens.loading.pretrained_saes_directory import (
 )
 
 # SAELens: which classes stand for which names
+from sae_lens.pretokenize_runner import get_special_token_from_cfg
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.batchtopk_sae import BatchTopK
 from sae_lens.saes.transcoder import Transcoder
@@ -83,6 +84,7 @@ __all__ = [
     "get_pretrained_saes_directory",
     "get_repo_id_and_folder_name",
     "get_sae_lens_config_from_disk",
+    "get_special_token_from_cfg",
     "get_special_token_ids",
     "handle_config_defaulting",
     "has_gradient_hook",

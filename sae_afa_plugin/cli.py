@@ -165,8 +165,6 @@ def _record(args: argparse.Namespace) -> None:
         raise ValueError("name the language model with --model")
     protocol = PROTOCOLS[options.pop("protocol", "default")]
     dataset, protocol = with_default_text(reading.dataset, replace(protocol, **options), options)
-    if protocol.prepend_bos is None:
-        protocol = replace(protocol, prepend_bos=True)
     source = LanguageModelActivations(
         reading.model,
         dataset,

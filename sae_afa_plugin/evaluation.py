@@ -22,16 +22,15 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations, 
 from sae_afa_plugin.activations.models import why_not_loaded
 from sae_afa_plugin.activations.recording import RecordedActivations
 from sae_afa_plugin.activations.tokens import AnyDataset, Protocol
-from sae_afa_plugin.groups.base import MetricGroup
-from sae_afa_plugin.plan import (
-    Evaluation,
+from sae_afa_plugin.as_trained import (
+    DECIDED,
     as_trained,
-    left_over,
-    none_left,
+    of_one_model,
     other_than_wanted,
-    sorted_options,
     wrong_processing,
 )
+from sae_afa_plugin.groups.base import MetricGroup
+from sae_afa_plugin.plan import Evaluation, left_over, none_left, sorted_options
 from sae_afa_plugin.results import AFAResults, update_index
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.store import Store
@@ -130,6 +129,7 @@ def evaluate_sources(
     if not names or len(set(names)) != len(names):
         raise ValueError(f"SAEs need names of their own: got {names}")
     which, how = sorted_options(protocol, fields)
+    open_to_saes = {name: getattr(which, name) for name in DECIDED}
     refused: dict[str, str] = {}
     readable = left_over(sources, lambda source: source.why_not(), refused)
     recording = None
@@ -141,10 +141,13 @@ def evaluate_sources(
                 return why_not_loaded({**source.metadata, **named}, how.trust_remote_code)
 
             readable = left_over(readable, not_loaded, refused)
+            readable = of_one_model(readable, model, refused)
         else:
             for line in unusual_state(model):
                 how.say(line)
-        which, dataset = as_trained(which, readable, dataset, protocol, fields, how.say)
+        readable, which, dataset = as_trained(
+            which, readable, dataset, protocol, fields, how.say, refused
+        )
         activations = LanguageModelActivations(
             model,
             dataset,
@@ -169,11 +172,14 @@ def evaluate_sources(
             activations = RecordedActivations(activations, model, how.device)
         elif model is not None:
             raise ValueError("pass the model to the activations, not beside them")
-        for source in readable:
-            for line in other_than_wanted(activations.settings, source):
-                how.say(line)
         settings = activations.settings
-        readable = left_over(readable, lambda s: wrong_processing(settings, s), refused)
+
+        def not_for_these(source: SAESource) -> str | None:
+            for line in other_than_wanted(settings, source):
+                how.say(line)
+            return wrong_processing(settings, source)
+
+        readable = left_over(readable, not_for_these, refused)
     all_groups = [*how.groups(), *groups]
     if len({group.name for group in all_groups}) < len(all_groups):
         raise ValueError(f"groups need names of their own: {[g.name for g in all_groups]}")
@@ -206,7 +212,8 @@ def evaluate_sources(
             dataset_config=dataset_config,
             split=split,
         )
-        options = {**asdict(reading), **asdict(which), **asdict(how), "activations": recording}
+        options = {**asdict(reading), **asdict(which), **open_to_saes, **asdict(how)}
+        options["activations"] = recording
         results = update_index(
             store, work.done, names, refused, {"versions": versions, "options": options}
         )

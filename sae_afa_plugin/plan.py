@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from sae_afa_plugin.activations.tokens import PROTOCOLS, AnyDataset, Protocol, with_default_text
+from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import MetricGroup
 from sae_afa_plugin.groups.coherence import Coherence
@@ -156,81 +154,3 @@ def none_left(refused: Mapping[str, str]) -> ValueError:
     name, reason = next(iter(refused.items()))
     others = f" ({len(refused) - 1} others neither)" if len(refused) > 1 else ""
     return ValueError(f"{name!r} cannot be evaluated{others}: {reason}")
-
-
-def as_trained(
-    which: Protocol,
-    sources: Iterable[SAESource],
-    dataset: AnyDataset | None,
-    protocol: Any,
-    given: Mapping[str, Any],
-    say: Callable[[str], None],
-) -> tuple[Protocol, AnyDataset]:
-    """Fill in what follows from the SAEs: whether they know BOS, and how long their contexts are."""
-    metadata = [source.metadata for source in sources]
-    dataset, which = with_default_text(dataset, which, given)
-    for source in sources:
-        if source.metadata.get("dataset_path") == str(dataset):
-            say(trained_on(source, dataset))
-    if which.prepend_bos is None:
-        known = {data["prepend_bos"] for data in metadata if data.get("prepend_bos") is not None}
-        if len(known) > 1:
-            raise ValueError(
-                "some of the SAEs were trained with BOS and some without: evaluate them one after "
-                "the other, or pass prepend_bos (--bos or --no-bos)"
-            )
-        which = replace(which, prepend_bos=known.pop() if known else True)
-    if "context_size" in given:
-        return which, dataset
-    if isinstance(dataset, Tensor):
-        size = min(which.context_size, dataset.shape[-1])
-        return replace(which, context_size=size), dataset
-    shortest = min(
-        (data["context_size"] for data in metadata if data.get("context_size")), default=0
-    )
-    if protocol == "default" and 0 < shortest < which.context_size:
-        say(f"context_size is {shortest}: an SAE was trained with no more")
-        which = replace(which, context_size=shortest)
-    return which, dataset
-
-
-def wrong_processing(settings: Mapping[str, Any], source: SAESource) -> str | None:
-    """Why the numbers would be wrong, if activations are of a model that was processed otherwise.
-
-    Args:
-        settings: Of the activations.
-        source: The SAE.
-    """
-    wanted = source.metadata.get("model_from_pretrained_kwargs") or {}
-    made_with = settings.get("model_kwargs")
-    if made_with is None or made_with == wanted:  # of an object, whoever made it knows
-        return None
-    return (
-        f"it needs its model loaded with {wanted}, but these activations are of one that was loaded "
-        f"with {made_with}: record them with --model-kwargs '{json.dumps(wanted)}'"
-    )
-
-
-def other_than_wanted(settings: Mapping[str, Any], source: SAESource) -> Iterator[str]:
-    """What differs between activations and what an SAE was trained on, one line each.
-
-    Args:
-        settings: Of the activations.
-        source: The SAE.
-    """
-    metadata = source.metadata
-    for name, what in (("prepend_bos", "BOS before each sequence"), ("model", "the model")):
-        wanted = metadata.get("model_name" if name == "model" else name)
-        found = settings.get(name)
-        if wanted is not None and found is not None and wanted != found:
-            yield f"{source.name} was trained with {wanted!r} for {what}, these activations with {found!r}"
-    if metadata.get("dataset_path") and metadata["dataset_path"] == settings.get("dataset"):
-        yield trained_on(source, settings["dataset"])
-
-
-def trained_on(source: SAESource, dataset: Any) -> str:
-    """That an SAE may have seen the tokens that it is evaluated on."""
-    return (
-        f"{source.name} was trained on {dataset}: it may have seen these tokens, which flatters its "
-        "error"
-    )

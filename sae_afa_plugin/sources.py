@@ -54,7 +54,7 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("hook_head_index", "hook_head_index_out"), int),
     **dict.fromkeys(("architecture", "dtype", "normalize_activations", "model_name"), str),
     **dict.fromkeys(("hook_name", "hook_name_out", "hf_hook_name", "model_class_name"), str),
-    **dict.fromkeys(("prepend_bos", "apply_b_dec_to_input"), bool),
+    **dict.fromkeys(("prepend_bos", "apply_b_dec_to_input", "disable_concat_sequences"), bool),
     "model_from_pretrained_kwargs": dict,
 }
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"

@@ -100,7 +100,7 @@ class LanguageModelActivations(Activations):
         progress: bool = False,
     ):
         self._trust_remote_code = trust_remote_code
-        self._given, self._dataset, self._protocol = model, dataset, protocol
+        self._given, self._dataset, self._protocol = model, dataset, protocol.filled()
         self._metadata = metadata or {}
         self._dataset_config, self._split = dataset_config, split
         self._device, self._progress = device, progress

@@ -156,13 +156,14 @@ def shared_model(metadata: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             found, first = wanted, name
         elif wanted != found:
             raise ValueError(
-                f"{first!r} belongs to {_told(found)}, but {name!r} to {_told(wanted)}: evaluate "
+                f"{first!r} belongs to {told(found)}, but {name!r} to {told(wanted)}: evaluate "
                 "them one after the other, or pass the model"
             )
     return found
 
 
-def _told(model: Mapping[str, Any]) -> str:
+def told(model: Mapping[str, Any]) -> str:
+    """What :func:`shared_model` returns, for people."""
     kwargs = model["model_from_pretrained_kwargs"]
     return f"{model['model_name']} ({kwargs})" if kwargs else str(model["model_name"])
 

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from datasets import (
@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from sae_afa_plugin._upstream import (
     concat_and_batch_sequences,
     dataset_fingerprint,
+    get_special_token_from_cfg,
     get_special_token_ids,
 )
 from sae_afa_plugin.activations.text import standard_library_texts
@@ -38,6 +39,7 @@ _TOKEN_COLUMNS = ("tokens", "input_ids")
 _TEXT_COLUMNS = ("text", "problem")  # as SAELens's ActivationsStore looks for them
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DATASET, _PART = "NeelNanda/pile-10k", "OpenWebText2"
+_SEPARATORS = ("bos", "eos", "sep", "none")
 _SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
 
 
@@ -52,6 +54,10 @@ def _parse_ids(text: str) -> bool | tuple[int, ...]:
         ) from None
 
 
+def _parse_separator(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text
+
+
 def _write_ids(value: bool | tuple[int, ...]) -> str:
     return ("no", "yes")[value] if isinstance(value, bool) else ",".join(map(str, value)) or ","
 
@@ -64,11 +70,14 @@ class Protocol:
         n_tokens: How many, special tokens not counted.
         context_size: Tokens in one sequence.
         prepend_bos: Whether each sequence begins with BOS, where the tokenizer has one. Without a
-            word: as the SAEs were trained.
-        positions: "all" tokens of a sequence, or only the "last" one of each.
+            word: as the SAEs were trained, else yes.
+        positions: "all" tokens of a sequence, only the "last" one of each, or a slice like
+            "32:-4". Without a word: as the SAEs were trained, else all.
         concatenate: Whether documents are put in a row and cut into sequences. Otherwise each
             sequence is the beginning of one document, and documents that are too short are left
-            out.
+            out. Without a word: as the SAEs were trained, else yes.
+        separator: What stands between documents in a row: "bos", "eos", "sep", the id of a token,
+            or "none". Without a word: as the SAEs were trained, else BOS.
         exclude_special_tokens: Leave out BOS, EOS, padding and the like, or the tokens of these
             ids: their norms are up to 100 times those of other tokens.
         subset: Of a dataset with ``meta.pile_set_name``, only this part.
@@ -79,10 +88,11 @@ class Protocol:
     n_tokens: int = field(default=50_000, metadata=flag("--tokens"))
     context_size: int = 128
     prepend_bos: bool | None = field(default=None, metadata=flag("--bos"))
-    positions: Literal["all", "last"] = field(
-        default="all", metadata=flag(choices=["all", "last"], parse=str)
+    positions: str | None = field(default=None, metadata=flag(metavar="all|last|FROM:TO"))
+    concatenate: bool | None = None
+    separator: str | int | None = field(
+        default=None, metadata=flag(metavar="bos|eos|sep|none|ID", parse=_parse_separator)
     )
-    concatenate: bool = True
     exclude_special_tokens: bool | tuple[int, ...] = field(
         default=True,
         metadata=flag(metavar="yes|no|ID,ID", parse=_parse_ids, write=_write_ids),
@@ -94,11 +104,53 @@ class Protocol:
     def __post_init__(self) -> None:
         if isinstance(self.exclude_special_tokens, list):  # as JSON gives it back
             object.__setattr__(self, "exclude_special_tokens", tuple(self.exclude_special_tokens))
-        if self.positions not in ("all", "last"):
-            raise ValueError(f"positions must be 'all' or 'last': got {self.positions!r}")
         for name in ("n_tokens", "context_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        if self.separator not in (None, *_SEPARATORS) and type(self.separator) is not int:
+            raise ValueError(
+                f"separator must be one of {list(_SEPARATORS)} or the id of a token: got "
+                f"{self.separator!r}"
+            )
+        if not range(self.context_size)[self.chosen]:
+            raise ValueError(
+                f"positions={self.positions!r} leaves none of the {self.context_size} tokens of a "
+                "sequence: choose others, or a larger context_size"
+            )
+
+    @property
+    def chosen(self) -> slice:
+        """Which positions of a full sequence are read; all where that depends on the SAEs."""
+        if self.positions in (None, "all"):
+            return slice(None)
+        if self.positions == "last":
+            return slice(-1, None)
+        parts = str(self.positions).split(":")
+        try:
+            numbers = [int(part) if part else None for part in parts]
+            if not 2 <= len(parts) <= 3 or (len(parts) == 3 and (numbers[2] or 1) < 1):
+                raise ValueError
+        except ValueError:
+            raise ValueError(
+                f"positions must be 'all', 'last' or a slice like '32:-4': got {self.positions!r}"
+            ) from None
+        return slice(*numbers)
+
+    def filled(self, **as_trained: Any) -> Protocol:
+        """The same protocol with nothing left open.
+
+        Args:
+            as_trained: What SAEs say of the fields that are None. What they do not say either is
+                as SAELens does it.
+
+        Example:
+            >>> Protocol(prepend_bos=False).filled(prepend_bos=True, positions="32:60").positions
+            '32:60'
+        """
+        known = {name: value for name, value in as_trained.items() if value is not None}
+        usual = {"prepend_bos": True, "positions": "all", "concatenate": True, "separator": "bos"}
+        missing = {name for name in usual if getattr(self, name) is None}
+        return replace(self, **{n: v for n, v in {**usual, **known}.items() if n in missing})
 
 
 PROTOCOLS = {
@@ -201,6 +253,9 @@ def sample_tokens(
         ValueError: If the dataset has neither text nor tokens, its tokens are not of this model,
             it has padding before tokens, or no token is left.
     """
+    protocol = protocol.filled()
+    not_chosen = torch.ones(protocol.context_size, dtype=torch.bool)
+    not_chosen[protocol.chosen] = False
     special = _special_tokens(model, protocol.exclude_special_tokens)
     vocabulary = _vocabulary(model)
     kept: list[Tensor] = []
@@ -209,8 +264,10 @@ def sample_tokens(
     with tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress) as bar:
         for row, wanted in _rows(model, dataset, protocol, dataset_config, split):
             _check_ids(row, vocabulary)
-            if protocol.positions == "last":
+            if protocol.positions == "last":  # of what is no padding
                 wanted[: wanted.nonzero().amax()] = False
+            else:
+                wanted[not_chosen] = False
             is_special = wanted & torch.isin(row, special)
             mask = wanted & ~is_special
             surplus = n_kept + int(mask.sum()) - protocol.n_tokens
@@ -383,7 +440,8 @@ def _usable(document: Mapping[str, Any], n: int) -> Tensor:
 def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator[Tensor]:
     if getattr(model, "tokenizer", None) is None:
         raise ValueError("the model has no tokenizer: bring a dataset of tokens instead of text")
-    bos = model.tokenizer.bos_token_id
+    protocol, bos = protocol.filled(), model.tokenizer.bos_token_id
+    separator: Any = None if protocol.separator == "none" else protocol.separator
     tokens: Iterator[Tensor] = (
         model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)[0].cpu()
         for text in texts
@@ -395,7 +453,7 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
             tokens_iterator=tokens,
             context_size=protocol.context_size,
             begin_batch_token_id=start,
-            sequence_separator_token_id=bos,
+            sequence_separator_token_id=get_special_token_from_cfg(separator, model.tokenizer),
         )
         return
     lead = torch.tensor([] if start is None else [start], dtype=torch.long)

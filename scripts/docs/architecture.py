@@ -38,7 +38,11 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "evals": ("for SAELens's evals", _METRIC),
     },
     {"plan": ("what is to do", _METRIC), "store": ("a folder for many", _RESULT)},
-    {"work": ("one SAE at a time", _METRIC), "results": ("tables, read lazily", _RESULT)},
+    {
+        "as_trained": ("tokens that SAEs know", _METRIC),
+        "work": ("one SAE at a time", _METRIC),
+        "results": ("tables, read lazily", _RESULT),
+    },
     {"evaluation": ("all of it in order", _METRIC)},
     {
         "training": ("several SAEs, recipes", _SAE),

@@ -345,7 +345,10 @@ def test_nothing_that_can_be_evaluated_is_an_error(model, tokens):
     [
         ({"n_token": 5}, "there is no option 'n_token': did you mean n_tokens"),
         ({"protocol": "papers"}, r"protocol must be one of \['default', 'paper'\]: got 'papers'"),
-        ({"positions": "first"}, "positions must be 'all' or 'last': got 'first'"),
+        (
+            {"positions": "first"},
+            "positions must be 'all', 'last' or a slice like '32:-4': got 'first'",
+        ),
         ({"n_tokens": 0}, "n_tokens must be at least 1: got 0"),
         ({"batch_size_prompts": 0}, "batch_size_prompts must be at least 1: got 0"),
         ({"device": "gpu"}, "device 'gpu' cannot be used"),
@@ -364,19 +367,9 @@ def test_contexts_longer_than_the_model(model):
         evaluate({"sae": standard()}, model, torch.ones(3, 40, dtype=torch.long))
 
 
-def test_saes_of_different_models_need_to_be_told(tokens):
-    saes = {"a": standard(model_name="gpt2"), "b": standard(model_name="pythia-70m")}
-    with pytest.raises(ValueError, match="'a' belongs to gpt2, but 'b' to pythia-70m"):
-        evaluate(saes, None, tokens)
+def test_without_a_model_nothing_is_evaluated(tokens):
     with pytest.raises(ValueError, match="the metadata of 'a' names no model"):
         evaluate({"a": standard(model_name=None)}, None, tokens)
-
-
-def test_saes_with_and_without_bos_need_to_be_told(model, tokens):
-    saes = {"a": standard(prepend_bos=True), "b": standard(prepend_bos=False)}
-    with pytest.raises(ValueError, match="some of the SAEs were trained with BOS"):
-        evaluate(saes, model, tokens)
-    assert len(evaluate(saes, model, tokens, prepend_bos=True).summary) == 2
 
 
 def test_contexts_are_no_longer_than_those_an_sae_knows():

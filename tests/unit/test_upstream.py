@@ -198,6 +198,14 @@ def check_get_special_token_ids():
     assert _upstream.get_special_token_ids(gpt2_tokenizer()) == [gpt2_tokenizer().bos_token_id]
 
 
+def check_get_special_token_from_cfg():
+    tokenizer = gpt2_tokenizer()
+    found = [
+        _upstream.get_special_token_from_cfg(of, tokenizer) for of in ("bos", "eos", "sep", None, 3)
+    ]
+    assert found == [tokenizer.bos_token_id, tokenizer.eos_token_id, None, None, 3]
+
+
 def check_handle_config_defaulting():
     old = {"d_in": 8, "d_sae": 16, "hook_name": "here", "normalize_activations": False}
     new = _upstream.handle_config_defaulting({"model_name": "gpt2", "dtype": "float32", **old})
