@@ -20,6 +20,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_afa_plugin import plots
+from sae_afa_plugin.activations.contexts import shown_text
 from sae_afa_plugin.commands import evaluate_commands, shell_lines
 from sae_afa_plugin.files import write_whole
 from sae_afa_plugin.groups.afa import SHARES, energy_sentence
@@ -167,6 +168,7 @@ def _interactive(results: AFAResults, sampled: dict[str, pd.DataFrame]) -> dict[
         "bands": [[e, *plots.band(e)] for e in plots.BANDS],
         "lanes": lanes,
         "context": _CONTEXT,
+        "empty": shown_text(""),
     }
 
 
@@ -205,7 +207,7 @@ def _in_context(row: Any, ratio: float, texts: Any, size: int) -> dict[str, Any]
         "nmse": f"{row['nmse']:.3g}",
         "l0": int(row["l0"]),
         "before": _readable(texts[start + first : start + at]),
-        "token": _readable(texts[start + at : start + at + 1]),
+        "token": shown_text(_readable(texts[start + at : start + at + 1])),
         "after": _readable(texts[start + at + 1 : start + last]),
     }
 

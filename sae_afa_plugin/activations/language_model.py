@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.activations.contexts import TokenTexts
 from sae_afa_plugin.activations.hooks import (
     device_of,
     hook_in,
@@ -195,17 +196,24 @@ class LanguageModelActivations(Activations):
     @property
     @override
     def sequences(self) -> pd.DataFrame:
+        return self._sequences
+
+    @cached_property
+    def _sequences(self) -> pd.DataFrame:
         n, size = self.sample.tokens.shape
-        ids = self.sample.tokens.flatten().int().numpy()
-        unique, where = np.unique(ids, return_inverse=True)
+        rows = self.sample.tokens.tolist()
         tokenizer = getattr(self.model, "tokenizer", None)
-        texts = [f"<{i}>" if tokenizer is None else tokenizer.decode([int(i)]) for i in unique]
+        if tokenizer is None:
+            texts = [f"<{i}>" for row in rows for i in row]
+        else:
+            texts_of = TokenTexts(tokenizer)
+            texts = [text for row in rows for text in texts_of(row)]
         return pd.DataFrame(
             {
                 "sequence": np.repeat(np.arange(n, dtype=np.int32), size),
                 "position": np.tile(np.arange(size, dtype=np.int32), n),
-                "token_id": ids,
-                "token": np.array(texts, dtype=object)[where],
+                "token_id": self.sample.tokens.flatten().int().numpy(),
+                "token": texts,
             }
         )
 

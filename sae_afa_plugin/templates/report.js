@@ -112,7 +112,7 @@
     const text = (from, to) => Array.from(tokens.subarray(Math.max(start, from), Math.min(start + data.size, to)),
       (t) => data.texts[t]).join("").replaceAll("\n", "⏎");
     const mark = document.createElement("mark");
-    mark.textContent = text(place, place + 1);
+    mark.textContent = text(place, place + 1) || data.empty;
     $("context").replaceChildren(text(place - data.context, place), mark, text(place + 1, place + data.context + 1));
     Plotly.restyle("zf", { x: [[xs[s][i]]], y: [[sae.f[i]]], visible: true }, [ring]);
   };

@@ -22,6 +22,7 @@ HOSTILE = (
     "<img src=x onerror='window.hacked = 1'>",
     "\n",
     "🦎",
+    "",  # a part of a character
 )
 WORDS = (" the", " norm", " of", " a", " feature", " is", " about", " its", " length", ",", ".")
 
