@@ -50,6 +50,17 @@ def os_error(path: Path, error: OSError) -> NotWrittenError:
     )
 
 
+def content_files(folder: Path) -> list[Path]:
+    """The files below a folder, in order, but for hidden ones and locks, which are no content."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and file.suffix != ".lock"
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+
+
 def add_file(digest: Any, path: Path) -> None:
     """Let a file's content count in a digest of ``hashlib``."""
     with path.open("rb") as content:

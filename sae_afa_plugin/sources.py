@@ -23,7 +23,6 @@ from zipfile import BadZipFile
 
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from sae_lens import SAE
 from safetensors import SafetensorError
 from torch import Tensor
@@ -43,6 +42,7 @@ from sae_afa_plugin._upstream import (
     load_sae_config_from_huggingface,
 )
 from sae_afa_plugin.files import add_file, add_tensor
+from sae_afa_plugin.hub import commit_of
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.spaces import linear_code, why_not
 
@@ -240,9 +240,15 @@ class _FromHub(SAESource):
         with _readable_weights(self.where):
             return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
 
+    @cached_property
+    def _commit(self) -> str | None:
+        repo, folder = get_repo_id_and_folder_name(self.release, self.sae_id)
+        return commit_of(repo, file=f"{folder}/{SAE_CFG_FILENAME}")
+
     @override
     def fingerprint(self) -> str:
-        return f"{self.release}/{self.sae_id}"
+        known = "" if self._commit is None else f"@{self._commit}"
+        return f"{self.release}/{self.sae_id}{known}"
 
 
 class _FromFolder(SAESource):
@@ -452,7 +458,7 @@ def _ids_of(release: str) -> list[str]:
         raise ValueError(f"SAELens's catalogue has no release {release!r}: {hint}")
     try:
         files = HfApi().list_repo_files(release)
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # without a network those of requests or httpx, by its version
         raise ValueError(
             f"{release!r} is neither a release of SAELens's catalogue nor a repository that the "
             f"hub shows ({type(error).__name__})"

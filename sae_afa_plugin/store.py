@@ -33,6 +33,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
+from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.files import add_file, os_error, write_json, write_whole
 from sae_afa_plugin.groups.base import GroupResult
 
@@ -44,6 +45,7 @@ _RESULT_FILENAME = "result.json"
 _FORMAT = "sae-afa results"
 _TABLES = ("tokens", "features")
 TOKEN = "token_number"  # in the source; tables of several groups are joined by it
+_SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse
 _OF_VERSION_0_1 = ("tokens.parquet", "unfinished/settings.json")
 
 
@@ -153,10 +155,7 @@ class Store:
         found = self.settings
         different = [
             f"{key} was {found.get(key)!r} and is {settings.get(key)!r}"
-            for key in {**found, **settings}
-            if found.get(key) != settings.get(key)
-            # a dataset that is gone cannot have changed
-            and not (key.endswith("_content") and None in (found.get(key), settings.get(key)))
+            for key in different_settings(found, settings)
         ]
         if different:
             raise ValueError(
@@ -434,12 +433,14 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 def digest_of(path: Path) -> str:
     """A digest of a file; of one that has not changed it is known from before."""
     about = path.stat()
-    return _digest(path, about.st_size, about.st_mtime_ns)
+    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) < _SETTLED:
+        return _digest.__wrapped__(path)  # another edit may get the same time
+    return _digest(path, about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns)
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified: int) -> str:
-    del size, modified
+def _digest(path: Path, *about: int) -> str:
+    del about
     digest = hashlib.sha256()
     add_file(digest, path)
     return digest.hexdigest()[:16]

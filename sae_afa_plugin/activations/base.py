@@ -189,5 +189,25 @@ class Activations(ABC):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The settings by which activations of two sources may differ.
+
+    Args:
+        before: Settings of one.
+        now: Settings of the other.
+    """
+
+    def alike(name: str) -> bool:
+        if before.get(name) == now.get(name):
+            return True
+        if name.endswith(("_content", "_revision")):
+            # what is gone cannot have changed, and without the hub a revision may not be known
+            return None in (before.get(name), now.get(name))
+        content = f"{name.removesuffix('_argument')}_content"  # of the same, by another path
+        return before.get(content) is not None and before[content] == now.get(content)
+
+    return [name for name in {**before, **now} if not alike(name)]
+
+
 def _head(acts: Tensor, head: int | None) -> Tensor:
     return acts if head is None else acts[:, head]

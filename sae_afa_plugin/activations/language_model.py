@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.activations.content import content_of, revision_of
 from sae_afa_plugin.activations.contexts import TokenTexts
 from sae_afa_plugin.activations.hooks import (
     device_of,
@@ -25,12 +26,16 @@ from sae_afa_plugin.activations.hooks import (
     stop_layer,
     wanted_hooks,
 )
-from sae_afa_plugin.activations.models import load_language_model, model_identity, shared_model
+from sae_afa_plugin.activations.models import (
+    load_language_model,
+    model_identity,
+    model_revision,
+    shared_model,
+)
 from sae_afa_plugin.activations.tokens import (
     AnyDataset,
     Protocol,
     TokenSample,
-    content_of,
     sample_tokens,
 )
 
@@ -128,8 +133,10 @@ class LanguageModelActivations(Activations):
         settings = {
             "source": "language model",
             **model_identity(self._given, self._wanted),
+            "model_revision": model_revision(self._given, self._wanted),
             "dataset": str(dataset) if isinstance(dataset, str | Path) else "in memory",
-            "dataset_content": content_of(dataset),
+            "dataset_content": content_of(dataset, self._split),
+            "dataset_revision": revision_of(dataset),
             "dataset_config": self._dataset_config,
             "split": self._split,
             **asdict(self._protocol),

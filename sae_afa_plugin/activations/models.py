@@ -31,7 +31,8 @@ from sae_afa_plugin.activations.embedded import (
     hooked_gpt2,
     load_embedded_model,
 )
-from sae_afa_plugin.files import add_file, add_tensor
+from sae_afa_plugin.files import add_file, add_tensor, content_files
+from sae_afa_plugin.hub import commit_of
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
@@ -293,6 +294,22 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def model_revision(model: Any, wanted: Mapping[str, Any]) -> str | None:
+    """The commit on the hub that a model is loaded from; None for others, or where it is not known.
+
+    Args:
+        model: As for :func:`model_identity`.
+        wanted: What :func:`shared_model` returns.
+    """
+    if model is not None and not isinstance(model, str | Path):
+        return None
+    name, kwargs = str(model or wanted["model_name"]), wanted["model_from_pretrained_kwargs"] or {}
+    if name == EMBEDDED_NAME or Path(name).is_dir() or any("checkpoint" in key for key in kwargs):
+        return None  # known by its content, or one of many revisions that TransformerLens chooses
+    aliases = {alias.lower(): full for full, short in MODEL_ALIASES.items() for alias in short}
+    return commit_of(aliases.get(name.lower(), name), revision=kwargs.get("revision"))
+
+
 def _digest_of_weights(model: Any) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -303,7 +320,7 @@ def _digest_of_weights(model: Any) -> str:
 
 def _digest_of_folder(folder: Path) -> str:
     digest = hashlib.sha256()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in content_files(folder):
         digest.update(f"{file.relative_to(folder).as_posix()}\n".encode())
         add_file(digest, file)
     return digest.hexdigest()[:16]

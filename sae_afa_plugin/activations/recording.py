@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.activations.base import Activations, Site, different_settings
 from sae_afa_plugin.activations.hooks import wanted_hooks
 from sae_afa_plugin.activations.models import (
     load_language_model,
@@ -176,7 +176,10 @@ def _plan(source: Activations, hooks: list[str], dtype: str | None) -> _Manifest
 
 def _check_same(folder: Path, content: dict[str, Any]) -> None:
     found = _read_manifest(folder)
-    different = [key for key in content if found.get(key) != content[key]]
+    different = [key for key in content if key != "settings" and found.get(key) != content[key]]
+    before = found.get("settings")
+    if not isinstance(before, dict) or different_settings(before, content["settings"]):
+        different.append("settings")
     if different:
         raise ValueError(
             f"{str(folder)!r} holds a recording of something else ({', '.join(different)} differ): "

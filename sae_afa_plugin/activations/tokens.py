@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -25,11 +24,11 @@ from tqdm.auto import tqdm
 
 from sae_afa_plugin._upstream import (
     concat_and_batch_sequences,
-    dataset_fingerprint,
     get_special_token_from_cfg,
     get_special_token_ids,
 )
 from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.files import content_files
 from sae_afa_plugin.options import flag
 
 AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | IterableDatasetDict | Tensor | Sequence[str] | str | Path"
@@ -401,11 +400,28 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
+def columns_read(names: Collection[str]) -> list[str]:
+    """The columns of a dataset that decide which tokens are read; none if it has no such.
+
+    Args:
+        names: Of all columns.
+    """
+    tokens = [column for column in _TOKEN_COLUMNS if column in names]
+    texts = [column for column in _TEXT_COLUMNS if column in names]
+    beside = [name for name in names if name == "meta" or (tokens and _leaves_out(name))]
+    return [*(tokens or texts)[:1], *sorted(beside)] if tokens or texts else []
+
+
+def _leaves_out(column: str) -> bool:
+    """Whether a column beside tokens may say of some that they are not to be read."""
+    return "mask" in column or column == "position_ids"
+
+
 def _usable(document: Mapping[str, Any], n: int) -> Tensor:
     """Which of a row's ``n`` tokens its other columns leave: boolean ``[n]``."""
     usable = torch.ones(n, dtype=torch.bool)
     for column, values in document.items():
-        if values is None or not ("mask" in column or column == "position_ids"):
+        if values is None or not _leaves_out(column):
             continue
         mask = torch.as_tensor(values)
         if mask.shape != (n,):
@@ -466,23 +482,9 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
 # --- where documents come from ---
 
 
-def content_of(dataset: AnyDataset) -> str | None:
-    """A hash that changes when a local or in-memory dataset does; None for the hub and streams."""
-    if isinstance(dataset, Tensor):
-        return hashlib.sha256(dataset.cpu().numpy().tobytes()).hexdigest()[:16]
-    if isinstance(dataset, Dataset):
-        return dataset_fingerprint(dataset)
-    if isinstance(dataset, list | tuple):
-        return hashlib.sha256(repr(list(dataset)).encode()).hexdigest()[:16]
-    if not isinstance(dataset, str | Path) or not Path(dataset).exists():
-        return None
-    place = Path(dataset)
-    digest = hashlib.sha256()
-    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if file.is_file():
-            about = file.stat()
-            digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:16]
+def is_saved_dataset(place: Path) -> bool:
+    """Whether this is a folder that ``save_to_disk`` of the library datasets has written."""
+    return any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
 def _name(dataset: AnyDataset) -> str:
@@ -551,9 +553,9 @@ def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict
             return Dataset.from_dict({"text": [place.read_text(encoding="utf-8")]})
         return load_dataset(_READERS[place.suffix], data_files=dataset, split="train")
     if place.is_dir():
-        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+        if is_saved_dataset(place):
             return load_from_disk(dataset)
-        files = [file for file in sorted(place.rglob("*")) if file.is_file()]
+        files = content_files(place)
         if files and all(file.suffix == ".txt" for file in files):
             # each file is a document, as when it is named alone; datasets would make lines of it
             return Dataset.from_dict({"text": [file.read_text("utf-8") for file in files]})

@@ -24,6 +24,7 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "options": ("flags from dataclasses", _TOOL),
         "files": ("whole or not there", _TOOL),
         "printable": ("others' words, shown", _TOOL),
+        "hub": ("which commit", _TOOL),
         "_upstream": ("internals of others", _TOOL),
     },
     {"rules": ("what is kept", _SAE), "metrics": ("token mathematics", _METRIC)},

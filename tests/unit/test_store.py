@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -17,8 +19,8 @@ from sae_afa_plugin import AFAResults, evaluate_saes
 from sae_afa_plugin.activations.tensors import TensorActivations
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.base import GroupResult
-from sae_afa_plugin.sources import Excluded
-from sae_afa_plugin.store import Store
+from sae_afa_plugin.sources import Excluded, sources_of_release
+from sae_afa_plugin.store import Store, digest_of
 
 SETTINGS = {"dataset": "text", "ids": (1, 2)}
 SEQUENCES = pd.DataFrame({"sequence": [0, 0], "position": [0, 1], "token_id": [5, 6]})
@@ -339,3 +341,23 @@ def test_a_folder_that_cannot_be_written_ends_the_run_with_what_to_do(tmp_path, 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", to_parquet)
     assert n_before == 5  # it did not go on with the others
     assert list(evaluate(saes, out=tmp_path).summary.index) == list(saes)
+
+
+@pytest.mark.parametrize("age", [0, 10])
+def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, age):
+    file = tmp_path / "tokens.parquet"
+    file.write_bytes(b"before")
+    then = file.stat().st_mtime_ns - age * 10**9
+    os.utime(file, ns=(then, then))
+    before = digest_of(file)
+    assert digest_of(file) == before
+    file.write_bytes(b"after.")
+    os.utime(file, ns=(then, then))
+    assert digest_of(file) != before
+
+
+def test_a_repository_without_a_network_is_one_sentence(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("sae_afa_plugin.sources.HfApi", lambda: HfApi("http://127.0.0.1:9"))
+    with pytest.raises(ValueError, match="'somebody/saes' is neither a release of SAELens's"):
+        sources_of_release("somebody/saes")
