@@ -457,7 +457,8 @@ def _ids_of(release: str) -> list[str]:
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see its table"
         raise ValueError(f"SAELens's catalogue has no release {release!r}: {hint}")
     try:
-        files = HfApi().list_repo_files(release)
+        # list_repo_files would try again for 23 seconds where there is no network
+        files = [file.rfilename for file in HfApi().model_info(release).siblings or ()]
     except Exception as error:  # without a network those of requests or httpx, by its version
         raise ValueError(
             f"{release!r} is neither a release of SAELens's catalogue nor a repository that the "

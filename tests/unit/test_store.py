@@ -357,7 +357,6 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, age):
 
 
 def test_a_repository_without_a_network_is_one_sentence(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("sae_afa_plugin.sources.HfApi", lambda: HfApi("http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="'somebody/saes' is neither a release of SAELens's"):
         sources_of_release("somebody/saes")
