@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+# huggingface_hub: where its cache has a repository
+from huggingface_hub.file_download import repo_folder_name
+
 # SAELens: how its command reads a configuration, how text becomes sequences
 from sae_lens.constants import (
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -97,6 +100,7 @@ __all__ = [
     "normalized_input",
     "parse_runner_config",
     "reconstruction_of",
+    "repo_folder_name",
     "without_hooks",
 ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -42,7 +42,7 @@ from sae_afa_plugin._upstream import (
     load_sae_config_from_huggingface,
 )
 from sae_afa_plugin.files import add_file, add_tensor
-from sae_afa_plugin.hub import commit_of
+from sae_afa_plugin.hub import cached_file, check_readable, commit_of, offline
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.spaces import linear_code, why_not
 
@@ -197,8 +197,9 @@ def _known(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _FromHub(SAESource):
-    def __init__(self, release: str, sae_id: str):
+    def __init__(self, release: str, sae_id: str, commits: dict[str, str | None]):
         super().__init__(printable(sae_id))
+        self._commits = commits
         self.release, self.sae_id = release, sae_id
         lookup = get_pretrained_saes_directory().get(release)
         if lookup is not None:
@@ -240,15 +241,13 @@ class _FromHub(SAESource):
         with _readable_weights(self.where):
             return SAE.from_pretrained(self.release, self.sae_id, device=device, dtype=dtype)
 
-    @cached_property
-    def _commit(self) -> str | None:
-        repo, folder = get_repo_id_and_folder_name(self.release, self.sae_id)
-        return commit_of(repo, file=f"{folder}/{SAE_CFG_FILENAME}")
-
     @override
     def fingerprint(self) -> str:
-        known = "" if self._commit is None else f"@{self._commit}"
-        return f"{self.release}/{self.sae_id}{known}"
+        repo, folder = get_repo_id_and_folder_name(self.release, self.sae_id)
+        if repo not in self._commits:
+            self._commits[repo] = commit_of(repo, file=f"{folder}/{SAE_CFG_FILENAME}")
+        commit = self._commits[repo]
+        return f"{self.release}/{self.sae_id}" + ("" if commit is None else f"@{commit}")
 
 
 class _FromFolder(SAESource):
@@ -433,6 +432,10 @@ def sources_of_release(release: str, patterns: Sequence[str] | None = None) -> l
     Raises:
         ValueError: If there is no such release, or a pattern fits no id.
     """
+    if patterns and "/" in release and release not in get_pretrained_saes_directory():
+        files = [f"{sae_id}{_IN_FOLDER}" for sae_id in patterns]
+        if all(cached_file(release, file) for file in files):  # what is named needs no list
+            return _of_hub(release, patterns)
     ids = _ids_of(release)
     chosen: dict[str, None] = {}  # a set that keeps the order
     for pattern in patterns or ["*"]:
@@ -445,7 +448,13 @@ def sources_of_release(release: str, patterns: Sequence[str] | None = None) -> l
                 f"{', '.join(map(repr, near))}{more}"
             )
         chosen.update(dict.fromkeys(matching))
-    return [_FromHub(release, sae_id) for sae_id in chosen]
+    check_readable(get_repo_id_and_folder_name(release, next(iter(chosen)))[0])
+    return _of_hub(release, chosen)
+
+
+def _of_hub(release: str, sae_ids: Iterable[str]) -> list[SAESource]:
+    commits: dict[str, str | None] = {}  # each repository is asked once
+    return [_FromHub(release, sae_id, commits) for sae_id in sae_ids]
 
 
 def _ids_of(release: str) -> list[str]:
@@ -456,6 +465,12 @@ def _ids_of(release: str) -> list[str]:
         near = get_close_matches(release, list(catalogue), n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see its table"
         raise ValueError(f"SAELens's catalogue has no release {release!r}: {hint}")
+    if offline():
+        raise ValueError(
+            f"the SAEs of {release!r} cannot be listed, because HF_HUB_OFFLINE forbids to ask the "
+            "hub, and not all that are named are in its cache: name those that are (--sae-id)"
+        )
+    check_readable(release)
     try:
         # list_repo_files would try again for 23 seconds where there is no network
         files = [file.rfilename for file in HfApi().model_info(release).siblings or ()]

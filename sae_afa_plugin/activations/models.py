@@ -32,7 +32,7 @@ from sae_afa_plugin.activations.embedded import (
     load_embedded_model,
 )
 from sae_afa_plugin.files import add_file, add_tensor, content_files
-from sae_afa_plugin.hub import commit_of
+from sae_afa_plugin.hub import check_readable, commit_of
 
 # of the metadata, what decides which model an SAE belongs to
 _MODEL_KEYS = ("model_name", "model_class_name", "model_from_pretrained_kwargs")
@@ -196,6 +196,8 @@ def load_language_model(
     name = str(model or wanted["model_name"])
     if name == EMBEDDED_NAME:
         return load_embedded_model(device)
+    if not Path(name).is_dir() and (_is_known(name) or "/" in name):
+        check_readable(_repository(name))
     with nullcontext() if trust_remote_code else never_asking_for_remote_code():
         try:
             return _load(name, wanted, hook_names, device, trust_remote_code)
@@ -306,8 +308,13 @@ def model_revision(model: Any, wanted: Mapping[str, Any]) -> str | None:
     name, kwargs = str(model or wanted["model_name"]), wanted["model_from_pretrained_kwargs"] or {}
     if name == EMBEDDED_NAME or Path(name).is_dir() or any("checkpoint" in key for key in kwargs):
         return None  # known by its content, or one of many revisions that TransformerLens chooses
+    return commit_of(_repository(name), revision=kwargs.get("revision"))
+
+
+def _repository(name: str) -> str:
+    """The repository on the hub that TransformerLens reads a model of this name from."""
     aliases = {alias.lower(): full for full, short in MODEL_ALIASES.items() for alias in short}
-    return commit_of(aliases.get(name.lower(), name), revision=kwargs.get("revision"))
+    return aliases.get(name.lower(), name)
 
 
 def _digest_of_weights(model: Any) -> str:

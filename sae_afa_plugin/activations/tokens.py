@@ -29,6 +29,7 @@ from sae_afa_plugin._upstream import (
 )
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.files import content_files
+from sae_afa_plugin.hub import check_readable, offline
 from sae_afa_plugin.options import flag
 
 AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | IterableDatasetDict | Tensor | Sequence[str] | str | Path"
@@ -560,4 +561,7 @@ def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict
             # each file is a document, as when it is named alone; datasets would make lines of it
             return Dataset.from_dict({"text": [file.read_text("utf-8") for file in files]})
         return load_dataset(dataset, config, split=split)
+    if offline():  # a stream has no cache
+        return load_dataset(dataset, config, split=split)
+    check_readable(dataset, "dataset")
     return load_dataset(dataset, config, split=split, streaming=True)

@@ -24,10 +24,13 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "options": ("flags from dataclasses", _TOOL),
         "files": ("whole or not there", _TOOL),
         "printable": ("others' words, shown", _TOOL),
-        "hub": ("which commit", _TOOL),
         "_upstream": ("internals of others", _TOOL),
     },
-    {"rules": ("what is kept", _SAE), "metrics": ("token mathematics", _METRIC)},
+    {
+        "rules": ("what is kept", _SAE),
+        "metrics": ("token mathematics", _METRIC),
+        "hub": ("whether, which commit", _TOOL),
+    },
     {
         "saes": ("architectures", _SAE),
         "spaces": ("z, f, decoder", _METRIC),

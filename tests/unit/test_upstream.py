@@ -56,6 +56,11 @@ def check_official_model_names():
     assert "gpt2" in _upstream.OFFICIAL_MODEL_NAMES
 
 
+def check_repo_folder_name():
+    name = _upstream.repo_folder_name(repo_id="somebody/saes", repo_type="dataset")
+    assert name == "datasets--somebody--saes"
+
+
 def check_sae_cfg_filename(tmp_path):
     standard().save_model(tmp_path)
     assert (tmp_path / _upstream.SAE_CFG_FILENAME).is_file()
