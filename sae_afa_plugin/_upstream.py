@@ -99,8 +99,10 @@ __all__ = [
     "never_asking_for_remote_code",
     "normalized_input",
     "parse_runner_config",
+    "rebind_functions",
     "reconstruction_of",
     "repo_folder_name",
+    "without_bound_functions",
     "without_hooks",
 ]
 
@@ -212,6 +214,39 @@ def left_as_it_was(sae: Any) -> Generator[None]:
     finally:
         attributes.clear()
         attributes.update(before)
+
+
+_BOUND_FUNCTIONS = (
+    *("run_time_activation_norm_fn_in", "run_time_activation_norm_fn_out"),
+    *("reshape_fn_in", "reshape_fn_out"),
+    "training_forward_pass",  # where a runner has compiled it
+)
+
+
+def without_bound_functions(state: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of an SAE without functions that know the SAE itself.
+
+    Copies would share them, and write to the SAE that they were copied from; pickle takes none.
+
+    Args:
+        state: ``vars`` of an SAE of SAELens.
+    """
+    return {name: value for name, value in state.items() if name not in _BOUND_FUNCTIONS}
+
+
+def rebind_functions(sae: Any) -> None:
+    """Give a copied SAE of SAELens its own in place of what :func:`without_bound_functions` left out.
+
+    Args:
+        sae: The copy.
+    """
+    sae._setup_activation_normalization()
+    d_head = sae.d_head  # of the heads that were seen last
+    if sae.hook_z_reshaping_mode:
+        sae.turn_on_forward_pass_hook_z_reshaping()
+    else:
+        sae.turn_off_forward_pass_hook_z_reshaping()
+    sae.d_head = d_head
 
 
 def normalized_input(sae: Any, x: Tensor) -> Tensor:

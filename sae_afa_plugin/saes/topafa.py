@@ -30,11 +30,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
-from sae_afa_plugin._upstream import has_gradient_hook, has_hooks
+from sae_afa_plugin._upstream import (
+    has_gradient_hook,
+    has_hooks,
+    rebind_functions,
+    without_bound_functions,
+)
 from sae_afa_plugin.metrics import AFATokenMetrics, norm_along_last, token_metrics
 from sae_afa_plugin.rules.operator import top_afa
 from sae_afa_plugin.saes import sparse
 from sae_afa_plugin.saes.dead_features import dead_reconstruction
+from sae_afa_plugin.saes.finite import LEFT_OUT_METRIC, LeftOut, check_weights
 
 ARCHITECTURE = "topafa"
 
@@ -81,6 +87,14 @@ class _TopAFA(SAE[Any]):
         directions = self.W_enc.detach().T
         self.W_dec = nn.Parameter((directions / directions.norm(dim=-1, keepdim=True)).contiguous())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return without_bound_functions(vars(self))
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        rebind_functions(self)
+
     @override
     def process_sae_in(self, sae_in: Tensor) -> Tensor:
         """Normalise the input and subtract ``b_dec``: ``[..., d_in]`` to z - b_dec."""
@@ -105,7 +119,7 @@ class _TopAFA(SAE[Any]):
 
         Args:
             hidden_pre: Pre-activations ``[..., d_sae]``, without a ReLU.
-            sae_in: z - b_dec ``[..., d_in]``.
+            sae_in: z - b_dec ``[..., d_in]``. Zero for tokens that are left out of training.
             decoder_norm: Norms of the decoder's rows ``[d_sae]``, without gradient.
 
         Returns:
@@ -145,6 +159,26 @@ class _TopAFA(SAE[Any]):
         """Reconstruct the activations at the hook: ``[..., d_sae]`` to ``[..., d_in]``."""
         sae_out = self.run_time_activation_norm_fn_out(self.decode_normalized(feature_acts))
         return self.reshape_fn_out(sae_out, self.d_head)
+
+    @override
+    def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
+        """Fold the factor of the input into the weights.
+
+        Raises:
+            ValueError: If it is not a positive number.
+        """
+        if not 0 < scaling_factor < math.inf:
+            raise ValueError(
+                f"the scaling factor of activations is {scaling_factor}, which cannot be folded "
+                "into weights: activations that it was estimated from were NaN, infinite or zero"
+            )
+        super().fold_activation_norm_scaling_factor(scaling_factor)
+
+    @override
+    def process_state_dict_for_saving(self, state_dict: dict[str, Any]) -> None:
+        """Refuse weights that are NaN or infinite with a ValueError, before a file is written."""
+        super().process_state_dict_for_saving(state_dict)
+        check_weights(f"this {self.cfg.architecture()} SAE", state_dict)
 
     @override
     def fold_activation_whitening(
@@ -339,6 +373,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
 
     def __init__(self, cfg: TopAFATrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
+        self.left_out = LeftOut(f"this {cfg.architecture()} SAE", self.device)
         self.b_enc.requires_grad_(cfg.train_encoder_bias)
         self._hold_decoder_rows()
 
@@ -351,6 +386,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
     def train(self, mode: bool = True) -> TopAFATrainingSAE:
         # SAELens's trainers call this before every step, outside of what they compile
         self._hold_decoder_rows()
+        self.left_out.say()
         return super().train(mode)
 
     @override
@@ -369,7 +405,11 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
 
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One forward pass with its losses, all of them in the space of z."""
+        """One forward pass with its losses, all of them in the space of z.
+
+        Tokens with NaN or infinity are left out: they have no part in any loss or gradient, and
+        are counted.
+        """
         if not torch.compiler.is_compiling():
             self._hold_decoder_rows()
         sae_in = self.process_sae_in(step_input.sae_in)
@@ -380,19 +420,28 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
             # matrix is not computed for it: b_dec acts through a bias of zero instead.
             b_enc = b_enc - (self.b_dec - self.b_dec.detach()) @ self.W_enc.detach()
             sae_in = sae_in.detach()
+        # in place of rows that are taken out, whose number only the device knows: rows of zeros
+        keep = self.left_out.keep(sae_in)
+        sae_in = torch.where(keep, sae_in, 0)
         feature_acts, hidden_pre = self.encode_centered(sae_in, decoder_norm, b_enc)
-        z = (sae_in + self.b_dec).detach()
+        z = torch.where(keep, sae_in + self.b_dec, 0).detach()
         # the rule stops the gradient of what it leaves out, unless a hook came in between
         z_recons = self.decode_normalized(
             feature_acts, zeros_stay_zero=not has_hooks(self.hook_sae_acts_post)
         )
         sae_out = self.run_time_activation_norm_fn_out(z_recons)
+        z_recons = torch.where(keep, z_recons, 0)
 
         mse_loss = self.mse_loss_fn(z_recons, z).sum(dim=-1).mean()
         losses = self.calculate_aux_loss(
             replace(step_input, sae_in=z), feature_acts, hidden_pre, z_recons
         )
-        losses = {"mse_loss": mse_loss, **losses}
+        # from means over all tokens to means over those that are kept
+        exact = torch.promote_types(mse_loss.dtype, torch.float32)
+        of_all = keep.numel() / keep.sum(dtype=exact).clamp(min=1)
+        losses = {name: loss * of_all for name, loss in {"mse_loss": mse_loss, **losses}.items()}
+        if not torch.compiler.is_compiling():
+            self.left_out.say()
         return TrainStepOutput(
             sae_in=step_input.sae_in,
             sae_out=sae_out,
@@ -401,6 +450,8 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
             loss=torch.stack(list(losses.values())).sum(),
             losses=losses,
             metrics=_metrics(
+                keep=keep[..., 0],
+                n_left_out=self.left_out.count.clone(),
                 z=z,
                 z_recons=z_recons.detach(),
                 feature_acts=feature_acts.detach(),
@@ -420,6 +471,8 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
     ) -> dict[str, Tensor]:
         """The AFA loss and the auxiliary reconstruction loss, scaled like SAELens's MSE.
 
+        Tokens that are left out come with z and its reconstruction zero, and have no loss.
+
         Args:
             step_input: The step, with ``sae_in`` the normalised input z ``[batch, d_in]``.
             feature_acts: Features ``[batch, d_sae]``.
@@ -430,17 +483,23 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         # The gradient through the row norms runs along the rows, where it would be removed.
         norm_f: Tensor = _FeatureNorm.apply(feature_acts, self.decoder_norm())  # pyright: ignore
         coefficient = step_input.coefficients.get("afa", self.cfg.afa_coefficient)
-        afa_loss = (norm_f - norm_along_last(z)).square().mean()
+        norm_z, residual = norm_along_last(z), z - sae_out
+        left_out = (norm_z == 0) & ~residual.detach().any(dim=-1)
+        # the bias alone may have made features of theirs
+        afa_loss = torch.where(left_out, 0, norm_f - norm_z).square().mean()
         return {
             "afa_loss": self.cfg.d_in * coefficient * afa_loss,
             "auxiliary_reconstruction_loss": self.cfg.aux_loss_coefficient
-            * self._dead_feature_loss(z - sae_out, hidden_pre, step_input.dead_neuron_mask),
+            * self._dead_feature_loss(residual, hidden_pre, step_input.dead_neuron_mask),
         }
 
     def _dead_feature_loss(
         self, residual: Tensor, hidden_pre: Tensor, dead_neuron_mask: Tensor | None
     ) -> Tensor:
-        """How badly the dead features reconstruct the residual: a sum over d_in."""
+        """How badly the dead features reconstruct the residual: a sum over d_in.
+
+        Where there is none, as for tokens that are left out, there is nothing to reconstruct.
+        """
         if dead_neuron_mask is None:
             return residual.new_zeros(())
         any_dead = dead_neuron_mask.any()
@@ -450,6 +509,7 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         recons = dead_reconstruction(
             hidden_pre.reshape(-1, self.cfg.d_sae), self.W_dec, dead_neuron_mask, self.cfg.top_k_aux
         ).view_as(residual)
+        recons = torch.where(residual.detach().any(dim=-1, keepdim=True), recons, 0)
         return any_dead * self.mse_loss_fn(recons, residual).sum(dim=-1).mean()
 
     @override
@@ -459,9 +519,12 @@ class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
         norms = self.decoder_norm().clamp(min=1e-8)
         for name, factor in (("W_enc", norms), ("b_enc", norms), ("W_dec", 1 / norms[:, None])):
             state_dict[name] = (state_dict[name] * factor).to(self.dtype)
+        check_weights(f"this {self.cfg.architecture()} SAE", state_dict)  # float16 may overflow
 
 
 def _metrics(
+    keep: Tensor,
+    n_left_out: Tensor,
     z: Tensor,
     z_recons: Tensor,
     feature_acts: Tensor,
@@ -478,8 +541,12 @@ def _metrics(
 
     def tokens() -> AFATokenMetrics:
         if not computed:
-            f_unit, l0 = feature_acts * decoder_norm, feature_acts.count_nonzero(-1)
-            computed.append(token_metrics(z, z_recons - b_dec, f_unit, b_dec, l0))
+            rows = [z, z_recons, feature_acts]
+            if keep.any() and not keep.all():
+                rows = [x[keep] for x in rows]
+            z_kept, recons, acts = rows
+            f_unit, l0 = acts * decoder_norm, acts.count_nonzero(-1)
+            computed.append(token_metrics(z_kept, recons - b_dec, f_unit, b_dec, l0))
         return computed[0]
 
     metrics: dict[str, Tensor | float | int | Callable[[], Tensor | float | int]] = {
@@ -489,6 +556,7 @@ def _metrics(
         "norm_ratio": lambda: (tokens().norm_f / tokens().norm_z).mean(),
         "over_activated": lambda: tokens().over_activated.float().mean(),
         "nmse": lambda: tokens().nmse.mean(),
+        LEFT_OUT_METRIC: lambda: n_left_out,
     }
     if dead_neuron_mask is not None:
         metrics["dead_features"] = lambda: dead_neuron_mask.sum()

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
 from sae_afa_plugin.files import write_whole
+from sae_afa_plugin.saes.finite import LEFT_OUT_METRIC
 
 LOG_FILENAME = "training_log.jsonl"
+_LEFT_OUT = f"metrics/{LEFT_OUT_METRIC}"
 
 
 class Stopwatch:
@@ -81,32 +84,27 @@ class TrainingLog:
                 if (step := _step_of(line)) is not None and step <= first_step
             ]
             write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
-        self._watches: dict[str, Stopwatch] = {}
-        self.steps: dict[str, int] = {}
+        self.watches: dict[str, Stopwatch] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainingLog:
+        # a copied trainer's steps are not this training's
+        log = TrainingLog(None, self.every)
+        log.watches = deepcopy(self.watches, memo)
+        return log
 
     @property
     def seconds(self) -> dict[str, float]:
         """The seconds of each trainer that is watched."""
-        return {name: watch.seconds for name, watch in self._watches.items()}
+        return {name: watch.seconds for name, watch in self.watches.items()}
 
-    def watch(self, trainer: SAETrainer[Any, Any], name: str = "") -> None:
-        """Log the steps of this trainer from now on."""
-        step = trainer.step
-        watch = self._watches[name] = Stopwatch(trainer.cfg.device)
-        self.steps[name] = 0
+    def watch(self, device: torch.device | str, name: str = "") -> None:
+        """Measure the steps of a trainer from now on.
 
-        def watched_step(batch: torch.Tensor) -> TrainStepOutput:
-            watch.start()
-            output = step(batch)
-            watch.stop()
-            self.steps[name] += 1
-            # not n_training_steps: checkpoints have it one too low
-            number = trainer.n_training_samples // trainer.cfg.train_batch_size_samples
-            if self.is_due(number):
-                self.write(trainer, output, number, watch.seconds, name)
-            return output
-
-        trainer.step = watched_step
+        Args:
+            device: Where they are done.
+            name: Of the SAE, where there are several.
+        """
+        self.watches[name] = Stopwatch(device)
 
     def is_due(self, number: int) -> bool:
         """Whether the step of this number (from 1) is to be written."""
@@ -119,6 +117,7 @@ class TrainingLog:
         number: int,
         seconds: float,
         name: str = "",
+        left_out: int = 0,
     ) -> None:
         """Write the line of one step.
 
@@ -128,12 +127,14 @@ class TrainingLog:
             number: Of the step, from 1.
             seconds: Spent in steps so far.
             name: Of the SAE, where there are several.
+            left_out: Tokens so far that were not finite and that the SAE has not seen.
         """
         assert self.path is not None
         line: dict[str, Any] = {"step": number, "seconds": round(seconds, 3)}
         if name:
             line["sae"] = name
         line.update(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
+        line[_LEFT_OUT] = line.get(_LEFT_OUT, 0) + left_out
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")

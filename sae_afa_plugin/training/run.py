@@ -24,9 +24,11 @@ from typing_extensions import override
 from sae_afa_plugin._upstream import SPARSITY_FILENAME
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.printable import printable
+from sae_afa_plugin.saes.finite import check_weights, say_left_out
 from sae_afa_plugin.training.folder import DIVERGED, FAILED, STATE_FILENAME, TrainingFolder
 from sae_afa_plugin.training.log import LOG_FILENAME, Stopwatch, TrainingLog
 from sae_afa_plugin.training.stream import PER_TOKEN_NORMALIZATIONS, Blocks, Stream
+from sae_afa_plugin.training.trainer import Diverged, finiteness, why_diverged
 
 # of an SAE's metadata, what SAELens fills in when the SAE is made
 _ITS_OWN = (
@@ -139,14 +141,6 @@ class _Trainer(SAETrainer[Any, Any]):
         return super().dead_neurons if self.may_be_dead else None
 
 
-class _Diverged(Exception):
-    """What happened, and in which step (from 1)."""
-
-    def __init__(self, step: int, what: str):
-        super().__init__(what)
-        self.step = step
-
-
 class Run:
     """One SAE on its way.
 
@@ -172,6 +166,7 @@ class Run:
     ):
         self.name, self.training, self.folder, self.site = name, training, folder, site
         self.step = 0  # steps behind it
+        self._left_out = 0  # tokens so far that were not finite
         self._progress = progress
         self._device = torch.device(training.trainer.device)
         self._normalize = training.sae.normalize_activations
@@ -221,7 +216,7 @@ class Run:
             return True
         except OSError:
             raise
-        except _Diverged as error:
+        except Diverged as error:
             state, step, reason = DIVERGED, error.step, str(error)
         except Exception as error:
             state, step, reason = FAILED, self.step, self._why(error)
@@ -285,6 +280,7 @@ class Run:
         state = torch.load(checkpoint / STATE_FILENAME, map_location="cpu")
         self._random.update(state["random"])
         self._watch.seconds = state["seconds"]
+        self._left_out = state.get("left_out", 0)
 
     def _estimate_scaling(self, trainer: _Trainer) -> None:
         """What ``SAETrainer.fit`` does first, on this SAE's batches in the first block."""
@@ -308,23 +304,26 @@ class Run:
         # asked once: none can be dead before this step
         window = trainer.cfg.dead_feature_window
         sure_until = start + window - int(trainer.n_forward_passes_since_fired.max()) + 1
-        losses: list[Tensor] = []
+        finite: list[Tensor] = []
         with self._own_random_numbers():
             watch.start()
             for number in range(start + 1, stop + 1):
                 due = log.is_due(number)
                 trainer.may_be_dead = due or number > sure_until
                 trainer.maybe_reset_sparsity()
-                output = trainer.step(self._stream.batch(self.step))
-                losses.append(output.loss.detach())
+                output = trainer.step(self._batch())
+                trainer.n_training_samples = number * self.training.batch_size
+                finite.append(finiteness(trainer.sae, output.loss))
                 if due:
-                    log.write(trainer, output, number, watch.stop(), self.name)
+                    log.write(trainer, output, number, watch.stop(), self.name, self._left_out)
                     watch.start()
                 del output  # or two of them would be there in the next step
                 trainer.n_training_steps = self.step = number
+                if self._device.type == "cpu" and not finite[-1].all():
+                    break
             watch.stop()
         trainer.may_be_dead = True
-        self._check(trainer, start, losses)
+        self._check(trainer, start, finite)
         if self.step == self.training.steps:
             self._finish(trainer)
 
@@ -340,20 +339,21 @@ class Run:
             for device in cuda:
                 self._random["cuda"] = torch.cuda.get_rng_state(device)
 
-    def _check(self, trainer: _Trainer, start: int, losses: list[Tensor]) -> None:
-        """Notice, once for a block, that the training has diverged."""
-        finite = torch.stack(losses).isfinite().tolist()
-        weights = torch.stack([p.isfinite().all() for p in trainer.sae.parameters()])
-        if all(finite) and bool(weights.all()):
-            return
-        what, step = "its weights were", start + len(losses)
-        if not all(finite):
-            what, step = "its loss was", start + 1 + finite.index(False)
-        raise _Diverged(
-            step,
-            f"{what} no longer a number in step {step} of {self.training.steps}: lower lr (it is "
-            f"{trainer.cfg.lr:g}) or raise lr_warm_up_steps, and train it under another name",
-        )
+    def _batch(self) -> Tensor:
+        batch = self._stream.batch(self.step)
+        n = self.training.batch_size - len(batch)
+        if n and not self._left_out:
+            say_left_out(n, f"the SAE {self.name!r}")
+        self._left_out += n
+        return batch
+
+    def _check(self, trainer: _Trainer, start: int, finite: list[Tensor]) -> None:
+        """Notice that the training has diverged, where no step may wait for it once for a block."""
+        for step, (loss, weights) in enumerate(torch.stack(finite).tolist(), start + 1):
+            if not (loss and weights):
+                raise why_diverged(trainer, step, self.training.steps, not loss)
+        if not all(p.isfinite().all() for p in trainer.sae.parameters()):
+            raise why_diverged(trainer, self.step, self.training.steps, False)
 
     # --- saving ---
 
@@ -362,7 +362,11 @@ class Run:
         try:
             with self._as_saved(self._trainer):
                 self._trainer.save_checkpoint(folder.name, folder.parent)
-            state = {"random": self._random, "seconds": self._watch.seconds}
+            state = {
+                "random": self._random,
+                "seconds": self._watch.seconds,
+                "left_out": self._left_out,
+            }
             torch.save(state, folder / STATE_FILENAME)
         except RuntimeError as error:  # torch.save, where the disk is full
             raise OSError(str(error)) from error
@@ -375,6 +379,7 @@ class Run:
         if scaler.whitening is not None:
             of = scaler.whitening
             sae.fold_activation_whitening(of.mean, of.matrix, of.inverse_matrix)
+        check_weights("this SAE", sae.state_dict())  # folding may overflow
         trainer.set_final_sae_metadata()
 
         def write(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """SAELens's training runners with a plain log: one JSON object per line, no wandb needed.
 
-SAELens computes the metrics of a training step only when it logs to wandb. These subclasses
-watch the trainer's public ``step`` and ask it for the same metrics; the training itself is
-SAELens's, unchanged.
+SAELens computes the metrics of a training step only when it logs to wandb. Here the trainers are
+asked for the same metrics, leave out tokens that are not finite, and end when they diverge; the
+training itself is SAELens's, unchanged.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from sae_lens import (
     MultiSAETrainingRunner,
     MultiSAETrainingRunnerConfig,
     SAETrainer,
+    TrainingSAE,
 )
+from torch import Tensor
 from typing_extensions import override
 
 from sae_afa_plugin._upstream import MultiSAETrainer
 from sae_afa_plugin.activations.hooks import check_hook
+from sae_afa_plugin.saes.finite import check_weights
 from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
+from sae_afa_plugin.training.trainer import LoggedTrainer, OneOfSeveral
 
 _RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
 
@@ -63,6 +67,7 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
     """SAELens's runner for one SAE, with ``training_log.jsonl`` in ``cfg.output_path``.
 
     Every ``cfg.logger.wandb_log_frequency`` steps give one line, whether wandb is used or not.
+    ``run`` raises a ValueError in the first step whose loss or weights are not finite.
     """
 
     log: TrainingLog
@@ -77,12 +82,26 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
     @override
     def run_trainer_with_interruption_handling(self, trainer: SAETrainer[Any, Any]) -> Any:
         self.log = _new_log(self.cfg, trainer)
-        self.log.watch(trainer)
+        LoggedTrainer.of(trainer, self.log)
         return super().run_trainer_with_interruption_handling(trainer)
+
+    @override
+    def save_final_sae(
+        self,
+        sae: TrainingSAE[Any],
+        output_path: str,
+        log_feature_sparsity: Tensor | None = None,
+    ) -> None:
+        check_weights("this SAE", sae.state_dict())
+        super().save_final_sae(sae, output_path, log_feature_sparsity)
 
 
 class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
-    """SAELens's runner for many SAEs, with ``training_log.jsonl`` in ``cfg.output_path``."""
+    """SAELens's runner for many SAEs, with ``training_log.jsonl`` in ``cfg.output_path``.
+
+    An SAE that diverges is left behind with a warning, and neither returned nor saved; if all do,
+    ``run`` raises a ValueError.
+    """
 
     log: TrainingLog
 
@@ -101,6 +120,14 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
     @override
     def _run_with_interruption_handling(self, trainer: MultiSAETrainer) -> Any:
         self.log = _new_log(self.cfg, trainer)
-        for name, one in trainer.trainers.items():
-            self.log.watch(one, name)
-        return super()._run_with_interruption_handling(trainer)
+        trainers = {
+            name: OneOfSeveral.of(one, self.log, name) for name, one in trainer.trainers.items()
+        }
+        saes = super()._run_with_interruption_handling(trainer)
+        left = {name: sae for name, sae in saes.items() if trainers[name].why is None}
+        for name, sae in left.items():
+            check_weights(trainers[name].what, sae.state_dict())
+        for one in trainers.values():
+            if one.why is not None and not left:
+                raise one.why
+        return left

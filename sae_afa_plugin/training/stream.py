@@ -18,6 +18,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 from torch import Tensor
 
 from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.saes.finite import finite_rows, nothing_finite
 
 BLOCK_TOKENS = 1 << 16
 # each token by itself, so that it can be done before the SAE
@@ -146,7 +147,7 @@ class Stream:
         self._blocks, self._site, self._batch_size, self._seed = blocks, site, batch_size, seed
         self.dtype = dtype
         self._normalize, self._device = normalize, torch.device(device)
-        self._rows: tuple[int, Tensor] | None = None
+        self._rows: tuple[int, Sequence[Tensor]] | None = None
 
     @property
     def steps_per_block(self) -> int:
@@ -154,27 +155,46 @@ class Stream:
         return self._blocks.size // self._batch_size
 
     def batch(self, step: int) -> Tensor:
-        """The batch of one step ``[batch_size, d_in]``, with heads flattened.
+        """The batch of one step ``[at most batch_size, d_in]``, with heads flattened.
+
+        Tokens that are NaN or infinite, also where they become so in the SAE's dtype or when they
+        are normalised, are left out.
 
         Args:
             step: From 0.
+
+        Raises:
+            ValueError: If all of its tokens are.
         """
         number, within = divmod(step, self.steps_per_block)
+        if self._rows is None or self._rows[0] != number:
+            self._rows = number, self._rows_of(number)
+        rows = self._rows[1][within]
+        if not len(rows):
+            raise nothing_finite()
+        return self._take(number, rows)
+
+    def _take(self, number: int, rows: Tensor) -> Tensor:
         acts = self._blocks.on(self._device, number, self._site.hook)
         if self._site.head is not None:
             acts = acts[:, self._site.head]
-        rows = self._rows_of(number, acts.device)
-        x = acts[rows[within * self._batch_size : (within + 1) * self._batch_size]]
-        x = x.flatten(1).to(self.dtype)
+        x = acts[rows].flatten(1).to(self.dtype)
         return x if self._normalize not in PER_TOKEN_NORMALIZATIONS else self._normalizer(x)
 
-    def _rows_of(self, number: int, device: torch.device) -> Tensor:
-        if self._rows is None or self._rows[0] != number:
-            digest = hashlib.sha256(f"{self._seed} {number}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            order = torch.randperm(self._blocks.size, generator=generator)
-            self._rows = number, self._blocks.rows(number, order).to(device)
-        return self._rows[1]
+    def _rows_of(self, number: int) -> Sequence[Tensor]:
+        """The rows of each batch of a block, without those that are not finite."""
+        digest = hashlib.sha256(f"{self._seed} {number}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        order = torch.randperm(self._blocks.size, generator=generator)
+        rows = self._blocks.rows(number, order).to(self._device)
+        batches = rows.split(self._batch_size)
+        # once for a block, since the number of those that are left has to be waited for
+        keep = torch.cat([finite_rows(self._take(number, batch)) for batch in batches])
+        if keep.all():
+            return batches
+        return [
+            batch[kept] for batch, kept in zip(batches, keep.split(self._batch_size), strict=True)
+        ]
 
     @cached_property
     def _normalizer(self) -> Callable[[Tensor], Tensor]:

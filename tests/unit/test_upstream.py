@@ -6,10 +6,12 @@ When one of these libraries moves on, the test that fails says which lean has to
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import re
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType
 from unittest import mock
 
 import pytest
@@ -273,6 +275,27 @@ def check_left_as_it_was():
         fail_inside()
     assert vars(sae).keys() == before.keys()
     assert all(vars(sae)[name] is value for name, value in before.items())
+
+
+def check_without_bound_functions():
+    """They are all that a copied SAE of SAELens shares with the one it was copied from."""
+    sae = StandardSAE(StandardSAEConfig(d_in=8, d_sae=16, normalize_activations="layer_norm"))
+    state = vars(sae)
+    functions = {name for name, value in state.items() if isinstance(value, FunctionType)}
+    left = _upstream.without_bound_functions(state)
+    assert functions
+    assert state.keys() - left.keys() == functions
+
+
+def check_rebind_functions():
+    sae = StandardSAE(
+        StandardSAEConfig(8, 16, normalize_activations="layer_norm", reshape_activations="hook_z")
+    )
+    expected, other = sae(X.view(5, 2, 4)), copy.deepcopy(sae)
+    _upstream.rebind_functions(other)
+    other.encode(X.view(5, 4, 2))
+    assert not hasattr(sae, "ln_mu")
+    assert torch.equal(sae(X.view(5, 2, 4)), expected)
 
 
 def check_load_model(tmp_path):

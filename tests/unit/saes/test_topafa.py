@@ -390,6 +390,7 @@ def test_losses_by_hand():
             "over_activated": 0,
             "norm_ratio": math.sqrt(16.24) / 5,
             "nmse": mse / 25,
+            "non_finite_tokens": 0,
         },
         rel=1e-5,
     )
@@ -459,6 +460,7 @@ def test_metrics_on_uneven_tokens():
         "norm_ratio": (norm_f / norm_z).mean(),
         "over_activated": (norm_f > norm_z).double().mean(),
         "nmse": ((x - recons).norm(dim=-1) ** 2 / norm_z**2).mean(),
+        "non_finite_tokens": 0,
     }
     assert values == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-5)
     assert 0 < values["over_activated"] < 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -35,7 +36,7 @@ from sae_afa_plugin import TopAFATrainingSAE, TopAFATrainingSAEConfig
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.training.coordinator import train_saes
 from sae_afa_plugin.training.log import read_logs
-from sae_afa_plugin.training.run import SAETraining
+from sae_afa_plugin.training.run import Run, SAETraining
 from sae_afa_plugin.training.stream import Blocks, Stream
 
 BATCH, BLOCK, STEPS = 32, 128, 26  # the last block is not filled
@@ -357,11 +358,18 @@ def architectures():
                 raise self.error
             return super().training_forward_pass(step_input)
 
+    class Breaking(TopKTrainingSAE):
+        def training_forward_pass(self, step_input):
+            out = super().training_forward_pass(step_input)
+            if step_input.n_training_steps == 6:
+                out.loss.register_hook(lambda grad: grad * torch.inf)
+            return out
+
     class Hungry(Raising):
         error = torch.OutOfMemoryError("tried to allocate 1.00 TiB")
 
     added = {}
-    for cls in (Noisy, Watched, Raising, Hungry):
+    for cls in (Noisy, Watched, Raising, Breaking, Hungry):
         name = cls.__name__.lower()
 
         @dataclass
@@ -413,22 +421,112 @@ def test_one_that_diverges_is_left_behind_and_explained(tmp_path):
     assert times_and_bytes(tmp_path / "out") == before
 
 
-def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(tmp_path):
-    """Activations that are NaN from a token on: whatever step meets them is the last one."""
+class WithHoles(SparseMixtures):
+    """Some of its tokens are NaN or infinite, or are so once they are normalised."""
 
+    def token(self, hook, number):
+        token = super().token(hook, number) * (number != 201)
+        if number in (7, 130):
+            token[3] = torch.nan if number == 7 else torch.inf
+        return token
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "rescaled"])
+def test_tokens_that_are_not_finite_are_left_out(tmp_path, name):
+    """As ``SAETrainer.fit`` on the same batches without them, which also makes the statistics."""
+    cfg = {
+        **CONFIGS,
+        "rescaled": replace(CONFIGS["plain"], normalize_activations="constant_norm_rescale"),
+    }[name]
+    source = WithHoles(300)
+    with pytest.warns(UserWarning, match=f"1 token of the training of the SAE '{name}' had values"):
+        (found,) = train(
+            {name: SAETraining(cfg, "hook", trainer_config(), 1)}, tmp_path, source
+        ).values()
+    assert found.reason is None
+    log = read_logs([tmp_path / name])["metrics/non_finite_tokens"]
+    times = 26 * BATCH / 300  # the row of tokens is read so often
+    bad = 3 if name == "rescaled" else 2  # 0 / 0
+    assert bad * int(times) <= log.iloc[-1] <= bad * (int(times) + 1)
+    assert log.is_monotonic_increasing
+    assert all(w.isfinite().all() for w in weights(tmp_path / name).values())
+
+    full = Stream(Blocks(source, BLOCK), Site("hook"), BATCH, seed=1)
+    sizes = [len(full.batch(step)) for step in range(STEPS)]
+    assert min(sizes) < BATCH == max(sizes)
+    if cfg.normalize_activations in ("expected_average_only_in", "covariance_whitening"):
+        batches = [full.batch(step) for step in range(STEPS)]
+        first = batches[: BLOCK // BATCH]
+        torch.manual_seed(1)
+        alone = TrainingSAE.from_dict(cfg.to_dict())
+        trainer = SAETrainer(
+            trainer_config(n_batches_for_norm_estimate=len(first)), alone, iter([*first, *batches])
+        )
+        trainer.cfg.total_training_samples = sum(sizes)
+        trainer.fit()
+        alone.save_inference_model(tmp_path / "alone")
+        for key, tensor in weights(tmp_path / "alone").items():
+            assert torch.equal(weights(tmp_path / name)[key], tensor), key
+
+
+def test_what_was_left_out_is_counted_on_after_an_interruption(tmp_path):
+    with pytest.warns(UserWarning, match="1 token"):
+        train({"topk": training()}, tmp_path / "whole", WithHoles(300))
+
+    class Stopped(WithHoles, Interrupting):
+        pass
+
+    with pytest.raises(Interrupted), pytest.warns(UserWarning, match="1 token"):
+        train({"topk": training()}, tmp_path / "parts", Stopped(4, 300))
+    train({"topk": training()}, tmp_path / "parts", WithHoles(300))  # it has been said
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_batch_without_a_finite_token_is_the_sources_fault(tmp_path):
     class Broken(SparseMixtures):
         def token(self, hook, number):
-            return super().token(hook, number) * (float("nan") if number == 200 else 1)
+            return super().token(hook, number) * (float("nan") if number >= 128 else 1)
 
     found = train({"a": training(), "b": training(seed=2)}, tmp_path, Broken(300))
     for name, one in found.items():
-        assert 4 < one.step <= 8  # the second block
-        assert "no longer a number in step" in one.reason
-        (checkpoint,) = (tmp_path / name).glob("checkpoint-*")
-        assert checkpoint.name == "checkpoint-000004"
-        assert all(
-            t.isfinite().all() for t in load_file(checkpoint / "sae_weights.safetensors").values()
+        assert one.reason == (
+            "step 5 of 26 raised ValueError (all activations of a batch are NaN or infinite: mend "
+            "the language model, its dtype or the recording they come from): mend that and run the "
+            "same again"
         )
+        assert not (tmp_path / name / "cfg.json").exists()
+
+
+def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(tmp_path, architectures):
+    """A step after which the loss is a number and the weights are not."""
+    found = train(
+        {"a": SAETraining(architectures["breaking"](**SIZE, k=3), "hook", trainer_config(), 1)},
+        tmp_path,
+    )
+    assert found["a"].step == 7
+    assert found["a"].reason.startswith("its weights were no longer a number in step 7 of 26")
+    (checkpoint,) = (tmp_path / "a").glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-000004"
+    assert all(
+        t.isfinite().all() for t in load_file(checkpoint / "sae_weights.safetensors").values()
+    )
+
+
+@pytest.mark.parametrize("name", ["topafa", "plain"])
+def test_a_copied_trainer_trains_the_copy(tmp_path, name, monkeypatch):
+    kept = []
+    finish = Run._finish
+    monkeypatch.setattr(
+        Run, "_finish", lambda run, trainer: kept.append(trainer) or finish(run, trainer)
+    )
+    train({name: training(name, lr_scheduler_name="constant", lr_decay_steps=0)}, tmp_path)
+    (trainer,) = kept
+    before = copy.deepcopy(trainer.sae.state_dict())
+    copied = copy.deepcopy(trainer)
+    for _ in range(3):
+        copied.step(torch.randn(BATCH, 16))
+    assert all(torch.equal(before[key], w) for key, w in trainer.sae.state_dict().items())
+    assert not torch.equal(before["W_enc"], copied.sae.W_enc)
 
 
 def test_one_that_raises_costs_only_itself_and_is_tried_again(tmp_path, architectures, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import warnings
@@ -20,6 +21,7 @@ from sae_lens import (
 )
 from sae_lens.config import LanguageModelSAERunnerConfig, SAETrainerConfig
 from sae_lens.synthetic import SyntheticModelConfig, SyntheticSAERunner, SyntheticSAERunnerConfig
+from safetensors.torch import load_file
 
 from sae_afa_plugin import TopAFASAE, TopAFATrainingSAE, TopAFATrainingSAEConfig
 from sae_afa_plugin.activations.embedded import load_embedded_model
@@ -374,3 +376,154 @@ def test_a_wrong_width_is_named_before_training(model, text, tmp_path):
         check_hook(model, "blocks.4.attn.hook_z", 32, head_index=6)
     with pytest.raises(ValueError, match="hook_head_index=1 does not fit .* which has no heads"):
         check_hook(model, HOOK, 192, head_index=1)
+
+
+# --- what is not finite ---
+
+
+class Holes:
+    """A language model some of whose activations are NaN: those of these tokens' places."""
+
+    def __init__(self, model, position=5):
+        self.model, self.position = model, position
+
+    def __enter__(self):
+        def hole(acts, hook):
+            acts = acts.clone()
+            acts[0, self.position, 3] = torch.nan
+            return acts
+
+        self.model.hook_dict[HOOK].add_hook(hole, is_permanent=True)
+
+    def __exit__(self, *_):
+        self.model.reset_hooks(including_permanent=True)
+
+
+def logged(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "out" / LOG_FILENAME).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "sae",
+    [
+        TopAFATrainingSAEConfig(d_in=192, d_sae=384),
+        TopAFATrainingSAEConfig(
+            d_in=192, d_sae=384, normalize_activations="expected_average_only_in"
+        ),
+        TopKTrainingSAEConfig(d_in=192, d_sae=384, k=20),
+        TopKTrainingSAEConfig(
+            d_in=192, d_sae=384, k=20, normalize_activations="covariance_whitening"
+        ),
+    ],
+    ids=["topafa", "topafa scaled", "topk", "topk whitened"],
+)
+def test_tokens_that_are_not_finite_are_left_out(model, text, tmp_path, sae):
+    runner = LoggedTrainingRunner(
+        runner_config(tmp_path, sae=sae, n_batches_for_norm_estimate=4),
+        override_dataset=text,
+        override_model=model,
+    )
+    with Holes(model), pytest.warns(UserWarning, match="of the training of this SAE had values"):
+        runner.run()
+    lines = logged(tmp_path)
+    assert 0 < lines[0]["metrics/non_finite_tokens"] < lines[1]["metrics/non_finite_tokens"] < 60
+    assert all(isinstance(line["losses/overall_loss"], float) for line in lines)
+    assert [line["step"] for line in lines] == [5, 10]
+    assert lines[-1]["details/n_training_samples"] == 10 * 256
+    saved = SAE.load_from_disk(tmp_path / "out")
+    assert all(w.isfinite().all() for w in saved.state_dict().values())
+
+
+def test_a_training_that_diverges_ends_in_that_step_and_saves_nothing(model, text, tmp_path):
+    cfg = runner_config(
+        tmp_path,
+        sae=TopKTrainingSAEConfig(d_in=192, d_sae=384, k=20),
+        lr=1e30,
+        n_checkpoints=3,
+        checkpoint_path=str(tmp_path / "checkpoints"),
+    )
+    runner = LoggedTrainingRunner(cfg, override_dataset=text, override_model=model)
+    with pytest.raises(
+        ValueError,
+        match=r"its loss was no longer a number in step 2 of 12: lower lr \(it is 1e\+30\)",
+    ):
+        runner.run()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_float16_that_overflows_is_told_from_a_rate_that_is_too_high(model, text, tmp_path):
+    cfg = runner_config(
+        tmp_path, sae=TopKTrainingSAEConfig(d_in=192, d_sae=384, k=20, dtype="float16")
+    )
+    runner = LoggedTrainingRunner(cfg, override_dataset=text, override_model=model)
+    with pytest.raises(ValueError, match=r"no longer a number in step \d+ of 12: float16 overflow"):
+        runner.run()
+
+
+def test_of_several_the_one_that_diverges_is_left_behind(model, text, tmp_path):
+    size = {"d_in": 192, "d_sae": 256}
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={
+            "bad": TopKTrainingSAEConfig(**size, k=20, dtype="float16"),
+            "good": TopAFATrainingSAEConfig(**size),
+        },
+        hook_names=HOOK,
+        context_size=64,
+        training_tokens=12 * 256,
+        train_batch_size_tokens=256,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=8,
+        feature_sampling_window=4,
+        n_checkpoints=2,
+        checkpoint_path=str(tmp_path / "checkpoints"),
+        output_path=str(tmp_path / "out"),
+        logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=6),
+    )
+    runner = LoggedMultiTrainingRunner(cfg, override_dataset=text, override_model=model)
+    with pytest.warns(UserWarning, match="the SAE 'bad' was left behind: .* no longer a number"):
+        saes = runner.run()
+    assert list(saes) == ["good"]
+    assert [file.parent.name for file in tmp_path.glob("out/*/cfg.json")] == ["good"]
+    for file in tmp_path.rglob("sae_weights.safetensors"):
+        assert all(w.isfinite().all() for w in load_file(file).values())
+    assert [(line["step"], line["sae"]) for line in logged(tmp_path)] == [(6, "good"), (12, "good")]
+
+
+# --- copies ---
+
+
+@pytest.mark.parametrize("sae", [TopAFATrainingSAEConfig, TopKTrainingSAEConfig])
+def test_a_copied_trainer_trains_the_copy(model, text, activations, tmp_path, sae):
+    class Keeping(LoggedTrainingRunner):
+        def run_trainer_with_interruption_handling(self, trainer):
+            self.trainer = trainer
+            return super().run_trainer_with_interruption_handling(trainer)
+
+    k = {} if sae is TopAFATrainingSAEConfig else {"k": 20}
+    runner = Keeping(
+        runner_config(tmp_path, sae=sae(d_in=192, d_sae=384, **k)),
+        override_dataset=text,
+        override_model=model,
+    )
+    runner.run()
+    trainer = runner.trainer
+    # these are the runner's and hold its generators, which nothing can copy
+    trainer.data_provider, trainer.evaluator, trainer.save_checkpoint_fn = iter(()), None, None
+    copied = copy.deepcopy(trainer)
+    weights, log = copy.deepcopy(trainer.sae.state_dict()), logged(tmp_path)
+    moments = copy.deepcopy(trainer.optimizer.state_dict()["state"])
+    for x in activations.split(256)[:6]:
+        copied.step(x)
+    for name, tensor in trainer.sae.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+        assert not torch.equal(copied.sae.state_dict()[name], tensor) or name == "b_enc", name
+    assert all(
+        torch.equal(moments[i]["exp_avg"], state["exp_avg"])
+        for i, state in trainer.optimizer.state_dict()["state"].items()
+    )
+    assert trainer.n_training_samples == 12 * 256
+    assert logged(tmp_path) == log
+    # and the original goes on by itself
+    after = copy.deepcopy(copied.sae.state_dict())
+    trainer.step(activations[:256])
+    assert all(torch.equal(after[name], w) for name, w in copied.sae.state_dict().items())
