@@ -54,7 +54,11 @@ from sae_lens.tokenization_and_batching import concat_and_batch_sequences
 # SAELens: training
 from sae_lens.training.activation_scaler import ActivationScaler
 from sae_lens.training.multi_sae_trainer import MultiSAETrainer
-from sae_lens.util import extract_stop_at_layer_from_tlens_hook_name, get_special_token_ids
+from sae_lens.util import (
+    DTYPE_MAP,
+    extract_stop_at_layer_from_tlens_hook_name,
+    get_special_token_ids,
+)
 from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
@@ -64,6 +68,7 @@ from transformers import dynamic_module_utils
 __all__ = [
     "ACTIVATION_SCALER_CFG_FILENAME",
     "ACTIVATION_WHITENING_FILENAME",
+    "DTYPE_MAP",
     "MODEL_ALIASES",
     "OFFICIAL_MODEL_NAMES",
     "SAE_CFG_FILENAME",

@@ -18,6 +18,7 @@ from sae_lens.evals import EvalConfig
 from sae_lens.training.activations_store import ActivationsStore
 from torch import Tensor
 
+from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import ActivationScaler, get_special_token_ids
 from sae_afa_plugin.activations.hooks import hook_in, stop_layer
 from sae_afa_plugin.metrics import TokenColumns, is_finite, summarize
@@ -42,6 +43,10 @@ class AFAEvalConfig(EvalConfig):
 
     compute_afa: bool = True
     n_eval_afa_batches: int = 1
+
+    def __post_init__(self) -> None:
+        limits.truth(self, "compute_afa")
+        limits.whole(self, "n_eval_afa_batches", at_least=1)
 
 
 @torch.no_grad()
@@ -200,6 +205,11 @@ class AFAEvaluator:
 
     n_batches: int = 1
     beside: Callable[..., dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        limits.whole(self, "n_batches", at_least=1)
+        if self.beside is not None:
+            limits.kind(self, "beside", Callable)  # pyright: ignore[reportArgumentType]
 
     def __call__(
         self,

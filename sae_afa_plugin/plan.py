@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from sae_afa_plugin import limits
 from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import MetricGroup
@@ -68,9 +69,9 @@ class Evaluation:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("batch_size_prompts", "memory_budget", "core_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        limits.whole(self, "batch_size_prompts", "memory_budget", "core_tokens", at_least=1)
+        limits.truth(self, "coherence", "core", "trust_remote_code", "progress")
+        limits.dtype_and_device(self, none=True)
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device)

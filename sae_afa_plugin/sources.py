@@ -196,10 +196,32 @@ def _known(config: dict[str, Any]) -> dict[str, Any]:
     raise ValueError(f"SAELens knows no architecture {name!r}{hint}")
 
 
+class _Asked:
+    """What the hub was asked for SAEs that are evaluated together: of each repository, once."""
+
+    def __init__(self) -> None:
+        self._commits: dict[str, str | None] = {}
+        self._errors: dict[str, ValueError | None] = {}
+
+    def check(self, repo: str) -> None:
+        if repo not in self._errors:
+            try:
+                self._errors[repo] = check_readable(repo)
+            except ValueError as error:
+                self._errors[repo] = error
+        if (known := self._errors[repo]) is not None:
+            raise known
+
+    def commit(self, repo: str, file: str) -> str | None:
+        if repo not in self._commits:
+            self._commits[repo] = commit_of(repo, file=file)
+        return self._commits[repo]
+
+
 class _FromHub(SAESource):
-    def __init__(self, release: str, sae_id: str, commits: dict[str, str | None]):
+    def __init__(self, release: str, sae_id: str, asked: _Asked):
         super().__init__(printable(sae_id))
-        self._commits = commits
+        self._asked = asked
         self.release, self.sae_id = release, sae_id
         lookup = get_pretrained_saes_directory().get(release)
         if lookup is not None:
@@ -217,6 +239,7 @@ class _FromHub(SAESource):
 
     @override
     def _read_config(self) -> dict[str, Any]:
+        self._asked.check(get_repo_id_and_folder_name(self.release, self.sae_id)[0])
         return _known(load_sae_config_from_huggingface(self.release, self.sae_id))
 
     @override
@@ -244,9 +267,7 @@ class _FromHub(SAESource):
     @override
     def fingerprint(self) -> str:
         repo, folder = get_repo_id_and_folder_name(self.release, self.sae_id)
-        if repo not in self._commits:
-            self._commits[repo] = commit_of(repo, file=f"{folder}/{SAE_CFG_FILENAME}")
-        commit = self._commits[repo]
+        commit = self._asked.commit(repo, f"{folder}/{SAE_CFG_FILENAME}")
         return f"{self.release}/{self.sae_id}" + ("" if commit is None else f"@{commit}")
 
 
@@ -448,13 +469,12 @@ def sources_of_release(release: str, patterns: Sequence[str] | None = None) -> l
                 f"{', '.join(map(repr, near))}{more}"
             )
         chosen.update(dict.fromkeys(matching))
-    check_readable(get_repo_id_and_folder_name(release, next(iter(chosen)))[0])
     return _of_hub(release, chosen)
 
 
 def _of_hub(release: str, sae_ids: Iterable[str]) -> list[SAESource]:
-    commits: dict[str, str | None] = {}  # each repository is asked once
-    return [_FromHub(release, sae_id, commits) for sae_id in sae_ids]
+    asked = _Asked()
+    return [_FromHub(release, sae_id, asked) for sae_id in sae_ids]
 
 
 def _ids_of(release: str) -> list[str]:

@@ -22,6 +22,7 @@ from datasets.exceptions import DatasetsError
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import (
     concat_and_batch_sequences,
     get_special_token_from_cfg,
@@ -104,9 +105,19 @@ class Protocol:
     def __post_init__(self) -> None:
         if isinstance(self.exclude_special_tokens, list):  # as JSON gives it back
             object.__setattr__(self, "exclude_special_tokens", tuple(self.exclude_special_tokens))
-        for name in ("n_tokens", "context_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1: got {getattr(self, name)}")
+        limits.whole(self, "n_tokens", "context_size", at_least=1)
+        limits.whole(self, "seed")
+        limits.truth(self, "shuffle")
+        limits.truth(self, "prepend_bos", "concatenate", none=True)
+        limits.text(self, "positions", "subset", none=True)
+        ids: Any = self.exclude_special_tokens
+        if not isinstance(ids, bool) and not (
+            isinstance(ids, tuple) and all(type(i) is int and i >= 0 for i in ids)
+        ):
+            raise ValueError(
+                "exclude_special_tokens must be True, False or ids of tokens, which are whole "
+                f"numbers: got {ids!r}"
+            )
         if self.separator not in (None, *_SEPARATORS) and type(self.separator) is not int:
             raise ValueError(
                 f"separator must be one of {list(_SEPARATORS)} or the id of a token: got "

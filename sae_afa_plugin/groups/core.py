@@ -13,6 +13,7 @@ from sae_lens.evals import EvalConfig
 from sae_lens.training.activations_store import ActivationsStore
 from typing_extensions import override
 
+from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import ActivationScaler
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.hooks import device_of, known_state
@@ -86,6 +87,9 @@ class Core(MetricGroup):
 
     n_tokens: int = 8192
     batch_size_prompts: int = 16
+
+    def __post_init__(self) -> None:
+        limits.whole(self, "n_tokens", "batch_size_prompts", at_least=1)
 
     name: ClassVar[str] = "core"
     reads_tokens: ClassVar[bool] = False

@@ -89,7 +89,7 @@ def keep_prefix(
         tensor([[0., 4., 0., 0.],
                 [9., 0., 0., 0.]])
     """
-    if p not in (0, 1, 2):
+    if isinstance(p, bool) or p not in (0, 1, 2):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"p must be 0, 1 or 2: got {p!r}")
     if per not in ("row", "batch"):
         raise ValueError(f"per must be 'row' or 'batch': got {per!r}")

@@ -20,6 +20,7 @@ import torch
 from sae_lens.saes.sae import (
     SAE,
     SAEConfig,
+    SAEMetadata,
     TrainCoefficientConfig,
     TrainingSAE,
     TrainingSAEConfig,
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
+from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import (
     has_gradient_hook,
     has_hooks,
@@ -49,7 +51,15 @@ ARCHITECTURE = "topafa"
 
 
 def _check_config(cfg: SAEConfig) -> None:
-    """Refuse what contradicts the definition of the target norm ``||z - b_dec||``."""
+    """Refuse values that make no SAE, or contradict the definition of ``||z - b_dec||``."""
+    limits.whole(cfg, "d_in", at_least=2 if cfg.normalize_activations == "layer_norm" else 1)
+    limits.whole(cfg, "d_sae", at_least=2)  # one direction is not nearly orthogonal to others
+    limits.dtype_and_device(cfg)
+    limits.truth(cfg, "apply_b_dec_to_input")
+    limits.choice(cfg, "reshape_activations", ("none", "hook_z"))
+    if isinstance(cfg.metadata, dict):  # as SAELens passes what it has read
+        cfg.metadata = SAEMetadata(**cfg.metadata)
+    limits.kind(cfg, "metadata", SAEMetadata)
     if not cfg.apply_b_dec_to_input:
         raise ValueError(
             f"{cfg.architecture()} needs apply_b_dec_to_input=True, because the number of features "
@@ -303,6 +313,10 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
 
     @override
     def __post_init__(self) -> None:
+        limits.real(self, "decoder_init_norm", none=True)
+        limits.real(self, "afa_coefficient", "aux_loss_coefficient")
+        limits.whole(self, "afa_warm_up_steps", "top_k_aux")
+        limits.truth(self, "train_encoder_bias")
         if self.decoder_init_norm != 1.0:
             warnings.warn(
                 f"topafa keeps its decoder rows at unit norm: decoder_init_norm is set to 1.0 "
@@ -310,11 +324,8 @@ class TopAFATrainingSAEConfig(TrainingSAEConfig):
                 stacklevel=3,
             )
             self.decoder_init_norm = 1.0
-        for name in ("afa_coefficient", "afa_warm_up_steps", "aux_loss_coefficient", "top_k_aux"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: got {getattr(self, name)}")
-        super().__post_init__()
         _check_config(self)
+        super().__post_init__()
 
 
 def _hold_unit_rows(W_dec: Tensor) -> None:

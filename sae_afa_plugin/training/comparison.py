@@ -15,6 +15,7 @@ from sae_lens import BatchTopKTrainingSAEConfig, TopKTrainingSAEConfig, Training
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor
 
+from sae_afa_plugin import limits
 from sae_afa_plugin.activations.hooks import device_of
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.tokens import Protocol
@@ -61,6 +62,19 @@ class Comparison:
     seed: int = 42
     block_tokens: int | None = None
     checkpoint_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        limits.text(self, "hook_name")
+        limits.whole(
+            self,
+            *("training_tokens", "heldout_tokens", "ce_tokens", "context_size", "batch_size"),
+            at_least=1,
+        )
+        limits.whole(self, "dead_feature_window", "seed")
+        limits.whole(self, "block_tokens", at_least=1, none=True)
+        limits.real(self, "lr", more_than=0)
+        limits.real(self, "adam_beta2", below=1)
+        limits.real(self, "checkpoint_seconds")
 
 
 def train_and_evaluate(

@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tqdm.auto import tqdm
 
+from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.training.folder import DIVERGED, FINISHED, UNDER_WAY, TrainingFolder, claimed
@@ -76,6 +78,9 @@ def train_saes(
         OSError: If nothing can be saved.
     """
     out, metadata = Path(out), metadata or {}
+    numbers = SimpleNamespace(block_tokens=block_tokens, checkpoint_seconds=checkpoint_seconds)
+    limits.whole(numbers, "block_tokens", at_least=1, none=True)
+    limits.real(numbers, "checkpoint_seconds")
     block_tokens = _block_tokens(trainings, block_tokens)
     for name in trainings:
         if not name or name.startswith(".") or Path(name).name != name or printable(name) != name:

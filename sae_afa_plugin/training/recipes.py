@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from types import SimpleNamespace
 from typing import Any
 
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig
 
+from sae_afa_plugin import limits
 from sae_afa_plugin.saes.topafa import TopAFATrainingSAEConfig
+from sae_afa_plugin.training.checks import check_training
 
 _BATCH = 4096
 _STEPS = 20_001
@@ -34,6 +37,8 @@ def paper_runner_config(
 
     Raises:
         TypeError: If an override is a field of neither config.
+        ValueError: If a number is of the wrong kind, NaN, infinite or out of range, or the SAE
+            would be in float16.
 
     Example:
         >>> cfg = paper_runner_config(layer=6, d_sae=1536, training_tokens=100_000, verbose=False)
@@ -54,6 +59,7 @@ def paper_runner_config(
         "afa_coefficient": afa_coefficient,
         **{name: value for name, value in overrides.items() if name in sae_fields},
     }
+    limits.whole(SimpleNamespace(layer=layer), "layer")
     runner: dict[str, Any] = {
         "sae": TopAFATrainingSAEConfig(**sae),
         "model_name": "gpt2",
@@ -72,4 +78,16 @@ def paper_runner_config(
         "logger": LoggingConfig(log_to_wandb=False),
         **{name: value for name, value in overrides.items() if name in runner_fields},
     }
-    return LanguageModelSAERunnerConfig(**runner)
+    # SAELens's config computes with some of these before anything can look at it
+    numbers = SimpleNamespace(**runner)
+    limits.real(numbers, "lr", more_than=0)
+    limits.whole(
+        numbers,
+        *("training_tokens", "train_batch_size_tokens", "context_size", "n_batches_in_buffer"),
+        at_least=1,
+    )
+    cfg: LanguageModelSAERunnerConfig[TopAFATrainingSAEConfig] = LanguageModelSAERunnerConfig(
+        **vars(numbers)
+    )
+    check_training(cfg, cfg.sae)
+    return cfg

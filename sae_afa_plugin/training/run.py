@@ -21,10 +21,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import SPARSITY_FILENAME
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.saes.finite import check_weights, say_left_out
+from sae_afa_plugin.training.checks import check_training
 from sae_afa_plugin.training.folder import DIVERGED, FAILED, STATE_FILENAME, TrainingFolder
 from sae_afa_plugin.training.log import LOG_FILENAME, Stopwatch, TrainingLog
 from sae_afa_plugin.training.stream import PER_TOKEN_NORMALIZATIONS, Blocks, Stream
@@ -58,7 +60,8 @@ class SAETraining:
         hook_head_index: The head it reads, where it reads one of several.
 
     Raises:
-        ValueError: If there is no step to train, or wandb is asked for.
+        ValueError: If a number is no possible one, there is no step to train, the SAE is in
+            float16, or wandb is asked for.
 
     Example:
         >>> from sae_lens import TopKTrainingSAEConfig
@@ -79,6 +82,12 @@ class SAETraining:
     hook_head_index: int | None = None
 
     def __post_init__(self) -> None:
+        limits.kind(self, "sae", TrainingSAEConfig)
+        limits.kind(self, "trainer", SAETrainerConfig)
+        check_training(self.trainer, self.sae)
+        limits.text(self, "hook_name")
+        limits.whole(self, "seed")
+        limits.whole(self, "data_seed", "hook_head_index", none=True)
         if self.steps < 1:
             raise ValueError(
                 f"total_training_samples={self.trainer.total_training_samples} is no whole batch "

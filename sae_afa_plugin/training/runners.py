@@ -24,6 +24,7 @@ from typing_extensions import override
 from sae_afa_plugin._upstream import MultiSAETrainer
 from sae_afa_plugin.activations.hooks import check_hook
 from sae_afa_plugin.saes.finite import check_weights
+from sae_afa_plugin.training.checks import check_training
 from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
 from sae_afa_plugin.training.trainer import LoggedTrainer, OneOfSeveral
 
@@ -46,8 +47,11 @@ def check_batches(model: Any, cfg: _RunnerConfig) -> None:
         cfg: The config of either runner.
 
     Raises:
-        ValueError: If the sequences are too long for the model or the buffer holds no batch.
+        ValueError: If the sequences are too long for the model, the buffer holds no batch, or
+            :func:`check_training` refuses it.
     """
+    several = isinstance(cfg, MultiSAETrainingRunnerConfig)
+    check_training(cfg, *(cfg.saes.values() if several else [cfg.sae]))
     longest = getattr(getattr(model, "cfg", None), "n_ctx", None)
     if longest is not None and cfg.context_size > longest:
         raise ValueError(

@@ -36,18 +36,15 @@ def finiteness(sae: TrainingSAE[Any], loss: Tensor) -> Tensor:
     """Whether a step's loss and the weights after it are finite: boolean ``[2]``, on their device.
 
     Gradients are clipped by the norm of all of them, which spreads what is not finite to every
-    weight, so that the smallest tensor tells for all. In float16 Adam's own update overflows too,
-    each weight by itself.
+    weight, so that the smallest tensor tells for all.
 
     Args:
         sae: The SAE, behind the step.
         loss: Of the step.
     """
     trained = [p.detach() for p in sae.parameters() if p.requires_grad]
-    if sae.dtype != torch.float16:
-        trained = [min(trained, key=Tensor.numel)]
-    finite = [tensor.isfinite().all() for tensor in (loss.detach(), *trained)]
-    return torch.stack([finite[0], torch.stack(finite[1:]).all()])
+    smallest = min(trained, key=Tensor.numel)
+    return torch.stack([tensor.isfinite().all() for tensor in (loss.detach(), smallest)])
 
 
 def why_diverged(trainer: SAETrainer[Any, Any], step: int, steps: int, loss: bool) -> Diverged:
@@ -60,16 +57,11 @@ def why_diverged(trainer: SAETrainer[Any, Any], step: int, steps: int, loss: boo
         loss: Whether it was the loss that is not finite; otherwise the weights.
     """
     what = "its loss was" if loss else "its weights were"
-    mend = (
-        f"lower lr (it is {trainer.cfg.lr:g}) or raise lr_warm_up_steps, and train it under "
-        "another name"
+    return Diverged(
+        step,
+        f"{what} no longer a number in step {step} of {steps}: lower lr (it is "
+        f"{trainer.cfg.lr:g}) or raise lr_warm_up_steps, and train it under another name",
     )
-    if trainer.sae.dtype == torch.float16:
-        mend = (
-            "float16 overflows beyond 65,504 and Adam's divisor underflows in it, so train with "
-            "dtype='float32', and autocast=True if that is for speed"
-        )
-    return Diverged(step, f"{what} no longer a number in step {step} of {steps}: {mend}")
 
 
 def finite_part(batch: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "rules": ("what is kept", _SAE),
         "metrics": ("token mathematics", _METRIC),
         "hub": ("whether, which commit", _TOOL),
+        "limits": ("what a field may be", _TOOL),
     },
     {
         "saes": ("architectures", _SAE),

@@ -22,14 +22,15 @@ def words(alphabet):
     return st.text(alphabet, min_size=1).filter(lambda text: text != "--")
 
 
+WHOLE = st.integers(1, 2**63 - 1)
 # one strategy for each option there is: a new option without one fails below
 VALUES = {
     "model": words("abc/-= '\""),
     "dataset": words("abc/-= '$"),
     "dataset_config": st.none() | words("abc-"),
     "split": words("abc[:]%-"),
-    "n_tokens": st.integers(1),
-    "context_size": st.integers(1),
+    "n_tokens": WHOLE,
+    "context_size": WHOLE,
     "prepend_bos": st.none() | st.booleans(),
     "positions": st.none() | st.sampled_from(["all", "last", "-1:", "0:9:2", ":1"]),
     "concatenate": st.none() | st.booleans(),
@@ -37,14 +38,14 @@ VALUES = {
     "exclude_special_tokens": st.booleans() | st.lists(st.integers(0)).map(tuple),
     "subset": st.none() | words("abc '-"),
     "shuffle": st.booleans(),
-    "seed": st.integers(),
-    "batch_size_prompts": st.integers(1),
+    "seed": st.integers(0, 2**63 - 1),
+    "batch_size_prompts": WHOLE,
     "memory_budget": st.integers(1, 1 << 50),
     "device": st.none() | st.sampled_from(["cpu", "meta"]),
     "dtype": st.sampled_from(["float32", "bfloat16"]),
     "coherence": st.booleans(),
     "core": st.booleans(),
-    "core_tokens": st.integers(1),
+    "core_tokens": WHOLE,
     "trust_remote_code": st.booleans(),
     "progress": st.booleans(),
 }

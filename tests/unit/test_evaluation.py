@@ -351,7 +351,7 @@ def test_nothing_that_can_be_evaluated_is_an_error(model, tokens):
         ),
         ({"n_tokens": 0}, "n_tokens must be at least 1: got 0"),
         ({"batch_size_prompts": 0}, "batch_size_prompts must be at least 1: got 0"),
-        ({"device": "gpu"}, "device 'gpu' cannot be used"),
+        ({"device": "gpu"}, "device must be a name like cpu, cuda or cuda:1: got 'gpu'"),
         ({"context_size": 20}, r"shape \[n, 20 or more\]: got \(9, 12\)"),
         ({"exclude_special_tokens": True}, "the model has no tokenizer, so its special tokens"),
         ({"exclude_special_tokens": tuple(range(50))}, "no token is left to evaluate"),

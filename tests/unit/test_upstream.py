@@ -100,6 +100,14 @@ def a_checkpoint(folder, scaler=None):
     return folder / "one"
 
 
+def check_dtype_map():
+    """What an SAE's config may have as dtype."""
+    for name, dtype in _upstream.DTYPE_MAP.items():
+        assert standard(dtype=name).W_dec.dtype == dtype
+    with pytest.raises(ValueError, match="Invalid dtype"):
+        standard(dtype="float31")
+
+
 def check_sae_class_registry():
     assert _upstream.SAE_CLASS_REGISTRY["standard"] == (StandardSAE, StandardSAEConfig)
 

@@ -288,7 +288,9 @@ def test_an_sae_is_the_same_whatever_trains_beside_it(tmp_path):
     names = ("topafa", "topk", "standard")
     together = {
         **{name: training(name) for name in names},
-        "other hook": SAETraining(TopKTrainingSAEConfig(8, 20, k=2), "b", trainer_config(9)),
+        "other hook": SAETraining(
+            TopKTrainingSAEConfig(8, 20, k=2), "b", trainer_config(9, lr_decay_steps=3)
+        ),
         "heads": training("plain", hook="z"),
         "one head": SAETraining(
             TopKTrainingSAEConfig(4, 20, k=2), "z", trainer_config(), hook_head_index=2
@@ -604,7 +606,7 @@ def test_batches_without_a_block_in_common(tmp_path):
 
 def every_kind(architectures=None):
     found = {name: training(name, seed=n) for n, name in enumerate(CONFIGS)}
-    found["short"] = training("topk", steps=9)
+    found["short"] = training("topk", steps=9, lr_warm_up_steps=2, lr_decay_steps=3)
     if architectures:
         found["noisy"] = SAETraining(
             architectures["noisy"](**SIZE, k=3), "hook", trainer_config(), 3
