@@ -41,6 +41,7 @@ from sae_lens.loading.pretrained_sae_loaders import (
 from sae_lens.loading.pretrained_saes_directory import (
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
+    get_releases_for_repo_id,
     get_repo_id_and_folder_name,
 )
 
@@ -90,6 +91,7 @@ __all__ = [
     "get_conversion_loader_name",
     "get_norm_scaling_factor",
     "get_pretrained_saes_directory",
+    "get_releases_for_repo_id",
     "get_repo_id_and_folder_name",
     "get_sae_lens_config_from_disk",
     "get_special_token_from_cfg",

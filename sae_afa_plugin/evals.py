@@ -103,15 +103,21 @@ def run_evals(
     if with_afa:
         assert isinstance(config, AFAEvalConfig)
         prompts = config.batch_size_prompts or activation_store.store_batch_size_prompts
-        batches = (
-            activation_store.get_batch_tokens(prompts) for _ in range(config.n_eval_afa_batches)
-        )
+        batches = _token_batches(activation_store, prompts, config.n_eval_afa_batches)
         special = _special_tokens(model, exclude)
         activations = _activations(sae, model, batches, special, model_kwargs or {})
         groups["afa"] = _afa_group(
             sae, ((activation_scaler.scale(x), out) for x, out in activations)
         )
     return groups, features
+
+
+def _token_batches(store: ActivationsStore, n_prompts: int, n_batches: int) -> Iterator[Tensor]:
+    for _ in range(n_batches):
+        try:
+            yield store.get_batch_tokens(n_prompts)
+        except StopIteration:  # the dataset has no more
+            return
 
 
 def _special_tokens(model: Any, exclude: list[int] | bool) -> Tensor:

@@ -36,6 +36,7 @@ from sae_afa_plugin._upstream import (
     get_conversion_loader_name,
     get_norm_scaling_factor,
     get_pretrained_saes_directory,
+    get_releases_for_repo_id,
     get_repo_id_and_folder_name,
     get_sae_lens_config_from_disk,
     handle_config_defaulting,
@@ -56,6 +57,12 @@ _KINDS: dict[str, type] = {
     **dict.fromkeys(("hook_name", "hook_name_out", "hf_hook_name", "model_class_name"), str),
     **dict.fromkeys(("prepend_bos", "apply_b_dec_to_input", "disable_concat_sequences"), bool),
     "model_from_pretrained_kwargs": dict,
+}
+# by the file that tells it: whose it is, and which of SAELens's functions reads it
+_CONVERTERS = {
+    "ae.pt": ("dictionary_learning", "dictionary_learning_sae_huggingface_loader_1"),
+    "sae.safetensors": ("sparsify", "sparsify_disk_loader or sparsify_huggingface_loader"),
+    "params.npz": ("Gemma Scope", "gemma_2_sae_huggingface_loader"),
 }
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"
 
@@ -275,9 +282,6 @@ class _FromFolder(SAESource):
     def __init__(self, name: str, folder: Path):
         super().__init__(name)
         self.folder = folder
-        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
-            if not (folder / file).is_file():
-                raise ValueError(f"the folder {str(folder)!r} holds no SAE: it has no {file}")
 
     @property
     @override
@@ -291,6 +295,12 @@ class _FromFolder(SAESource):
 
     @override
     def _read_config(self) -> dict[str, Any]:
+        for file in (SAE_CFG_FILENAME, SAE_WEIGHTS_FILENAME):
+            if not (self.folder / file).is_file():
+                found = _another_format(str(path) for path in sorted(self.folder.glob("*")))
+                raise ValueError(
+                    f"the folder {str(self.folder)!r} holds no SAE: it has no {file}{found}"
+                )
         return _known(handle_config_defaulting(get_sae_lens_config_from_disk(self.folder)))
 
     @override
@@ -460,7 +470,8 @@ def sources_of_release(release: str, patterns: Sequence[str] | None = None) -> l
     ids = _ids_of(release)
     chosen: dict[str, None] = {}  # a set that keeps the order
     for pattern in patterns or ["*"]:
-        matching = [sae_id for sae_id in ids if fnmatchcase(sae_id, pattern)]
+        # an id may hold brackets, which as a pattern would not fit itself
+        matching = [i for i in ids if i == pattern or fnmatchcase(i, pattern)]
         if not matching:
             near = get_close_matches(pattern, ids, n=3) or ids[:_SHOWN_IDS]
             more = f" and {len(ids) - len(near)} more" if len(ids) > len(near) else ""
@@ -501,8 +512,25 @@ def _ids_of(release: str) -> list[str]:
         ) from error
     # SAELens needs a folder: one that lies at the top of a repository has no id
     ids = [file[: -len(_IN_FOLDER)] for file in files if file.endswith(_IN_FOLDER)]
+    ids = [sae_id for sae_id in ids if f"{sae_id}/{SAE_WEIGHTS_FILENAME}" in files]
     if not ids:
+        if releases := get_releases_for_repo_id(release):
+            shown = " or ".join(map(repr, releases[:_SHOWN_IDS]))
+            raise ValueError(f"SAELens's catalogue has {release!r} as {shown}: name it so")
         raise ValueError(
-            f"the repository {release!r} holds no SAE: no file is called FOLDER/{SAE_CFG_FILENAME}"
+            f"the repository {release!r} holds no SAE of SAELens: no folder has both "
+            f"{SAE_CFG_FILENAME} and {SAE_WEIGHTS_FILENAME}{_another_format(files)}"
         )
     return ids
+
+
+def _another_format(files: Iterable[str]) -> str:
+    """What to do with files that SAELens has a converter for."""
+    for name in (file.rsplit("/", 1)[-1] for file in files):
+        if name in _CONVERTERS:
+            library, converter = _CONVERTERS[name]
+            return (
+                f". {name} is how {library} saves SAEs: load it with converter={converter} of "
+                "sae_lens.loading.pretrained_sae_loaders, and pass the object"
+            )
+    return ""

@@ -17,6 +17,14 @@ from sae_afa_plugin._upstream import (
     without_hooks,
 )
 
+# TransformerLens: hooks that a model has and does not use until it is told to
+_SWITCHES = {
+    "hook_result": "set_use_attn_result",
+    "hook_attn_in": "set_use_attn_in",
+    "hook_mlp_in": "set_use_hook_mlp_in",
+    **dict.fromkeys(("hook_q_input", "hook_k_input", "hook_v_input"), "set_use_split_qkv_input"),
+}
+
 
 def hook_in(model: Any, metadata: Mapping[str, Any], suffix: str = "") -> str | None:
     """The name that a hook of an SAE has in this model.
@@ -165,12 +173,16 @@ def misfit(
         shape: Of one token's activations there; None if there is no such hook.
         d_in: The SAE's width.
         head_index: The head that it reads, where it reads one of several.
-        known: The hooks that there are, for near matches.
+        known: The hooks that there are, also those that are switched off.
 
     Example:
         >>> misfit("blocks.0.hook_resid_pre", torch.Size([16]), 20, None, [])
         "the activations at 'blocks.0.hook_resid_pre' have width 16, but the SAE has d_in=20..."
     """
+    if shape is None and hook_name in known:
+        switch = _SWITCHES.get(hook_name.split(".")[-1])
+        way = f"call model.{switch}(True) and pass the model" if switch else "choose another hook"
+        return f"the model has the hook {hook_name!r}, but does not use it: {way}"
     if shape is None:
         near = get_close_matches(hook_name, known, n=3)
         hint = f": did you mean {' or '.join(map(repr, near))}?" if near else ""

@@ -428,11 +428,21 @@ def refused_by_hub(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         publish_old_sae(cut_off, "blocks.1.hook_resid_pre", 0)
         truncate(cut_off / "sae_weights.safetensors")
         publish_lines(bare.repo("somebody/no-saes"), [])
+        others = {
+            "jbloom/GPT2-Small-SAEs-Reformatted": "readme.txt",
+            "somebody/dictionaries": "layer_8/trainer_0/ae.pt",
+            "somebody/sparse": "layers.8/sae.safetensors",
+            "somebody/half": "sae/cfg.json",
+        }
+        for repo, file in others.items():
+            (bare.repo(repo) / file).parent.mkdir(parents=True)
+            (bare.repo(repo) / file).write_text("{}")
         text = ["--dataset", "somebody/text", "--tokens", "100"]
         commands = {
             "malformed": [MALFORMED, *text],
             "repository": ["somebody/nothing", *text],
             "no saes": ["somebody/no-saes", *text],
+            **{repo: [repo, *text] for repo in others},
             "cut off": ["somebody/cut-off", *text],
             "dataset": ["somebody/sae", "--dataset", "somebody/nothing"],
             "broken dataset": ["somebody/sae", "--dataset", "somebody/broken"],
@@ -448,6 +458,22 @@ def refused_by_hub(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         ("malformed", ["blocks.2.hook_resid_pre", MALFORMED, "RepositoryNotFoundError"]),
         ("repository", ["'somebody/nothing' is neither a release", "RepositoryNotFoundError"]),
         ("no saes", ["'somebody/no-saes' holds no SAE", "cfg.json"]),
+        (
+            "jbloom/GPT2-Small-SAEs-Reformatted",
+            ["catalogue has 'jbloom/GPT2-Small-SAEs-Reformatted' as", "'gpt2-small-res-jb'"],
+        ),
+        (
+            "somebody/dictionaries",
+            [
+                "ae.pt is how dictionary_learning saves",
+                "dictionary_learning_sae_huggingface_loader_1",
+            ],
+        ),
+        (
+            "somebody/sparse",
+            ["sae.safetensors is how sparsify saves", "sparsify_huggingface_loader"],
+        ),
+        ("somebody/half", ["no folder has both cfg.json and sae_weights.safetensors"]),
         ("cut off", ["'sae' cannot be evaluated", "damaged or incomplete"]),
         ("dataset", ["the dataset 'somebody/nothing'", "hub"]),
         ("broken dataset", ["somebody/broken"]),
@@ -1048,6 +1074,12 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda folder: (save_sae(folder, HOOK) / "sae_weights.safetensors").unlink(),
         ["sae' holds no SAE", "no sae_weights.safetensors"],
     ),
+    "an SAE of sparsify": (
+        lambda folder: (save_sae(folder, HOOK) / "sae_weights.safetensors").rename(
+            folder / "sae.safetensors"
+        ),
+        ["no sae_weights.safetensors", "sparsify_disk_loader"],
+    ),
     "an empty folder": (lambda folder: folder.mkdir(), ["sae' holds no SAE", "no cfg.json"]),
     "no folder": (lambda folder: None, ["sae' holds no SAE", "no cfg.json"]),
 }
@@ -1065,7 +1097,9 @@ def test_an_sae_that_cannot_be_evaluated(tmp_path: Path, run: Run, kind: str) ->
     assert not hidden_files(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["another width", "weights cut off", "config cut off"])
+@pytest.mark.parametrize(
+    "kind", ["another width", "weights cut off", "config cut off", "no weights", "no folder"]
+)
 def test_one_of_several_that_cannot_be_evaluated_is_status_1(
     saes: Path, tmp_path: Path, run: Run, kind: str
 ) -> None:

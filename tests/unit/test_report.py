@@ -302,7 +302,7 @@ def test_the_command_of_a_release_evaluates_the_same_again():
         "exclude_special_tokens": (3, 50256),
         "subset": "Github",
         "shuffle": True,
-        "seed": -7,
+        "seed": 7,
         "batch_size_prompts": 3,
         "memory_budget": 12_345_678_901,
         "device": "cpu",

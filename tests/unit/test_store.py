@@ -95,7 +95,7 @@ def test_any_names_are_told_apart_and_stay_inside(tmp_path_factory, names):
     assert found == {name: float(number) for number, name in enumerate(names)}
 
 
-@pytest.mark.parametrize("name", ["None", "NA", "null", "nan", "1", "", "../up", "a/b", "a\nb"])
+@pytest.mark.parametrize("name", ["None", "NA", "null", "nan", "1", "../up", "a/b", "=1+1"])
 def test_names_that_mean_something_elsewhere_are_continued(tmp_path, name):
     saes = {name: small_sae(), "other": small_sae(1)}
     out = tmp_path / "out"
@@ -358,5 +358,5 @@ def test_an_edit_that_keeps_size_and_time_is_seen(tmp_path, age):
 
 def test_a_repository_without_a_network_is_one_sentence(monkeypatch):
     monkeypatch.setattr("sae_afa_plugin.sources.HfApi", lambda: HfApi("http://127.0.0.1:9"))
-    with pytest.raises(ValueError, match="'somebody/saes' is neither a release of SAELens's"):
+    with pytest.raises(ValueError, match="the hub does not answer|HF_HUB_OFFLINE"):
         sources_of_release("somebody/saes")

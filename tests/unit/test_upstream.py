@@ -213,6 +213,11 @@ def check_get_special_token_ids():
     assert _upstream.get_special_token_ids(gpt2_tokenizer()) == [gpt2_tokenizer().bos_token_id]
 
 
+def check_get_releases_for_repo_id():
+    found = _upstream.get_releases_for_repo_id("jbloom/GPT2-Small-SAEs-Reformatted")
+    assert "gpt2-small-res-jb" in found
+
+
 def check_get_special_token_from_cfg():
     tokenizer = gpt2_tokenizer()
     found = [

@@ -351,10 +351,8 @@ def test_a_recording_of_another_processing_is_refused(sources, capsys):
     sae.cfg.metadata.dataset_path = "somebody/text"
     evaluate_saes({"a": sae}, activations=named)
     said = capsys.readouterr().out
-    assert "a was trained with 'gpt2-small' for the model, these activations with 'gpt2'" in said
-    assert (
-        "a was trained with True for BOS before each sequence, these activations with Fal" in said
-    )
+    assert "a was trained with model='gpt2-small', these activations are made with 'gpt2'" in said
+    assert "a was trained with prepend_bos=True, these activations are made with False" in said
     assert "a was trained on somebody/text: it may have seen these tokens" in said
 
 

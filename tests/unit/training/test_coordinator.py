@@ -641,7 +641,7 @@ torch.set_num_threads(1)
 import test_coordinator as tests
 
 ways = {"start": int(sys.argv[2]), "stride": int(sys.argv[3])}
-trainings = {name: tests.training(name, steps=10) for name in ("topk", "standard")}
+trainings = {name: tests.training(name, steps=10, lr_decay_steps=2) for name in ("topk", "standard")}
 # imported and compiled once; what is killed are copies of this process
 tests.train(trainings, Path(sys.argv[1], "whole"))
 
