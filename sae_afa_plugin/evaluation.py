@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,10 +200,6 @@ def evaluate_sources(
             how.say(f"{name}: not evaluated: {reason}")
         if not work.done:
             raise none_left(refused)
-        versions = {
-            "python": platform.python_version(),
-            **{p: version(p) for p in ("sae-afa-plugin", "sae-lens", "transformer-lens", "torch")},
-        }
         text = (str, Path)
         reading = Reading(
             model=str(model) if isinstance(model, text) else None,
@@ -215,8 +210,11 @@ def evaluate_sources(
         options = {**asdict(reading), **asdict(which), **open_to_saes, **asdict(how)}
         options["activations"] = recording
         results = update_index(
-            store, work.done, names, refused, {"versions": versions, "options": options}
+            store, work.done, names, refused, {"python": platform.python_version()}, options
         )
+        for place, reason in results.metadata["refused"].items():
+            if place not in refused and place.startswith("results/"):
+                how.say(f"{place} is left out: {reason}")
     finally:
         if not work.done:
             store.leave()

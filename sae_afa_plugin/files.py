@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -72,6 +73,45 @@ def add_tensor(digest: Any, tensor: Tensor) -> None:
     """Let a tensor's values count in a digest of ``hashlib``, bit for bit, in any dtype."""
     values = tensor.detach().cpu().contiguous().view(-1)
     digest.update(values.view(torch.uint8).numpy().data)
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON with a digest of itself, which :func:`read_sealed` compares."""
+    content = json.loads(json.dumps(content))  # as it will be read
+    write_json(path, {**content, "digest": _digest_of_json(content)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What :func:`write_sealed` has written, without the digest.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not as it was written.
+    """
+    content = read_object(path)
+    if content.pop("digest", None) != _digest_of_json(content):
+        raise ValueError("it is not as it was written: its digest does not fit")
+    return content
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds, which has to be an object.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it holds anything else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it has brackets in brackets without an end") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be an object of JSON, and is a {type(content).__name__}")
+    return content
+
+
+def _digest_of_json(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def write_json(path: Path, content: Any) -> None:

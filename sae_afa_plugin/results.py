@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from sae_afa_plugin.files import write_json, write_whole
+from sae_afa_plugin.activations.base import different_settings
+from sae_afa_plugin.files import read_sealed, write_sealed, write_whole
 from sae_afa_plugin.groups.base import GroupResult
 from sae_afa_plugin.printable import cell, printable
 from sae_afa_plugin.store import SCHEMA_VERSION, TOKEN, Store, StoredResult
@@ -270,7 +270,7 @@ def write_index(
         "parts": {n: {g: p.folder.name for g, p in of.items()} for n, of in parts.items()},
         "saes": rows,
     }
-    write_json(store.folder / RESULTS_FILENAME, content)
+    write_sealed(store.folder / RESULTS_FILENAME, content)
 
 
 def read_index(
@@ -285,10 +285,13 @@ def read_index(
         ValueError: If it is damaged, or what it lists is not there.
     """
     path = store.folder / RESULTS_FILENAME
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
+        written = read_sealed(path)
+        different = different_settings(written["settings"], store.settings)
+        if different:
+            raise ValueError(f"it is of other settings ({', '.join(different)} differ)")
         parts = {
             name: {group: store.at(store.folder / "results" / part) for group, part in of.items()}
             for name, of in written["parts"].items()
@@ -309,7 +312,8 @@ def update_index(
     own: Parts,
     order: Iterable[str],
     refused: Mapping[str, str],
-    about: Mapping[str, Any],
+    versions: Mapping[str, str],
+    options: Mapping[str, Any],
 ) -> AFAResults:
     """Bring the index of a store up to date with what this process knows and others have left.
 
@@ -318,7 +322,8 @@ def update_index(
         own: The parts of this process's SAEs.
         order: Names that come first, in this order.
         refused: Why SAEs of this process were not evaluated.
-        about: What else the metadata are to hold: versions, options.
+        versions: What is at work here beside the packages that results remember.
+        options: How this process was asked.
 
     Returns:
         The results of the whole store.
@@ -336,6 +341,8 @@ def update_index(
             for name, of in before[0].items():
                 parts[name] = {**parts.get(name, {}), **of}
             reasons = before[2].get("refused", {})
+        reasons = {n: why for n, why in reasons.items() if not n.startswith("results/")}
+        reasons.update({**_missing(store), **store.why_unread()})
         parts.update({name: dict(of) for name, of in own.items()})
         names = [name for name in order if name in parts]
         names += sorted(set(parts) - set(names))
@@ -343,7 +350,8 @@ def update_index(
         found = {*parts, *(f"{n} ({group})" for n, of in parts.items() for group in of)}
         metadata = {
             "settings": store.settings,
-            **about,
+            "versions": {**versions, **_versions_of(parts)},
+            "options": dict(options),
             "refused": {n: w for n, w in {**reasons, **refused}.items() if n not in found},
             "fingerprints": {
                 n: next(iter(of.values())).fingerprint for n, of in parts.items() if of
@@ -352,3 +360,26 @@ def update_index(
         summary = summary_of(parts)
         write_index(store, summary, parts, metadata)
     return AFAResults._of_store(store, parts, summary, metadata)
+
+
+def _versions_of(parts: Parts) -> dict[str, str]:
+    """Of each package the versions that the parts were made with: one, or all of them."""
+    found: dict[str, set[str]] = {}
+    for part in (part for of in parts.values() for part in of.values()):
+        for package, version in part.versions.items():
+            found.setdefault(package, set()).add(version)
+    return {package: ", ".join(sorted(of)) for package, of in found.items()}
+
+
+def _missing(store: Store) -> dict[str, str]:
+    """Results that the index lists and that are gone, by their places in the folder."""
+    try:
+        listed = read_sealed(store.folder / RESULTS_FILENAME)["parts"]
+        places = [f"results/{part}" for of in listed.values() for part in of.values()]
+    except (OSError, ValueError, LookupError, AttributeError):
+        return {}  # nobody knows what it listed
+    return {
+        place: f"{place} is gone: evaluate that SAE again"
+        for place in places
+        if not (store.folder / place).exists()
+    }

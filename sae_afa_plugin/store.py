@@ -26,6 +26,7 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,29 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from sae_afa_plugin.activations.base import different_settings
-from sae_afa_plugin.files import add_file, os_error, write_json, write_whole
+from sae_afa_plugin.files import (
+    add_file,
+    os_error,
+    read_object,
+    read_sealed,
+    write_sealed,
+    write_whole,
+)
 from sae_afa_plugin.groups.base import GroupResult
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MARKER_FILENAME = "sae-afa.json"
 SEQUENCES_FILENAME = "sequences.parquet"
 _RESULTS, _CLAIMS = "results", ".claims"
 _RESULT_FILENAME = "result.json"
 _FORMAT = "sae-afa results"
 _TABLES = ("tokens", "features")
+_PACKAGES = ("sae-afa-plugin", "sae-lens", "transformer-lens", "transformers", "torch")
+_KINDS = {  # of what is in a result's file
+    **dict.fromkeys(("sae", "group", "key", "fingerprint"), str),
+    **dict.fromkeys(("facts", "summary", "digests", "settings", "versions"), dict),
+    "finished": float,
+}
 TOKEN = "token_number"  # in the source; tables of several groups are joined by it
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse
 _OF_VERSION_0_1 = ("tokens.parquet", "unfinished/settings.json")
@@ -56,22 +70,28 @@ class StoredResult:
     Args:
         sae: The SAE's name.
         group: The group's name.
+        key: What :meth:`Store.key` said.
         fingerprint: Of the SAE.
         facts: What the SAE is: source, architecture, widths, hooks.
         summary: The group's numbers.
         folder: Where it lies.
         finished: When, in seconds since 1970.
         digests: Of its tables, by name.
+        settings: Of the activations that it was made from.
+        versions: Of the packages that made it.
     """
 
     sae: str
     group: str
+    key: str
     fingerprint: str
     facts: dict[str, Any]
     summary: dict[str, Any]
     folder: Path
     finished: float
     digests: dict[str, str]
+    settings: dict[str, Any]
+    versions: dict[str, str]
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame | None:
         """One of its tables, ``tokens`` or ``features``; None if the group has none.
@@ -115,8 +135,9 @@ class Store:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None):
         self.folder = Path(folder)
+        self._sequences_digest = ""
         marker = self.folder / MARKER_FILENAME
-        if marker.is_file():
+        if marker.exists():
             self.settings = self._read_marker(marker)
             if settings is not None:
                 self._check(json.loads(json.dumps(settings)))
@@ -138,18 +159,21 @@ class Store:
 
     def _read_marker(self, marker: Path) -> dict[str, Any]:
         try:
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            version, settings = found["schema_version"], found["settings"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            version = read_object(marker)["schema_version"]  # others may write other files
+            if version == SCHEMA_VERSION:
+                found = read_sealed(marker)
+                settings, self._sequences_digest = found["settings"], found["sequences"]
+                if not isinstance(settings, dict):
+                    raise ValueError("it has no settings")
+                return settings
+        except (OSError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{str(marker)!r} is damaged ({error}): delete the folder, or use another one"
             ) from error
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"the results in {str(self.folder)!r} cannot be read: their schema_version is "
-                f"{version}, this version of sae-afa-plugin reads {SCHEMA_VERSION}"
-            )
-        return settings
+        raise ValueError(
+            f"the results in {str(self.folder)!r} cannot be read: their schema_version is "
+            f"{version}, this version of sae-afa-plugin reads {SCHEMA_VERSION}"
+        )
 
     def _check(self, settings: dict[str, Any]) -> None:
         found = self.settings
@@ -173,6 +197,8 @@ class Store:
             ValueError: If the file is damaged or gone.
         """
         try:
+            if digest_of(self.folder / SEQUENCES_FILENAME) != self._sequences_digest:
+                raise ValueError("it is not the file that was written")
             return pd.read_parquet(self.folder / SEQUENCES_FILENAME)
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -193,12 +219,14 @@ class Store:
         with self._lock("folder"):
             if not (self.folder / MARKER_FILENAME).is_file():
                 write_whole(self.folder / SEQUENCES_FILENAME, sequences.to_parquet)
+                self._sequences_digest = digest_of(self.folder / SEQUENCES_FILENAME)
                 content = {
                     "format": _FORMAT,
                     "schema_version": SCHEMA_VERSION,
                     "settings": self.settings,
+                    "sequences": self._sequences_digest,
                 }
-                write_json(self.folder / MARKER_FILENAME, content)
+                write_sealed(self.folder / MARKER_FILENAME, content)
                 return
         self._check(self._read_marker(self.folder / MARKER_FILENAME))
         if not self.sequences["token_id"].equals(sequences["token_id"]):
@@ -256,7 +284,7 @@ class Store:
         place = self._place(sae, group, key)
         if not place.is_dir():
             return None
-        result = _read_result(place)
+        result = self.at(place)
         for name, digest in result.digests.items():
             if digest_of(place / f"{name}.parquet") != digest:
                 raise ValueError(f"{place.name} is damaged ({name}.parquet has changed)")
@@ -304,13 +332,16 @@ class Store:
             content = {
                 "sae": sae,
                 "group": group,
+                "key": key,
                 "fingerprint": fingerprint,
                 "facts": _plain(facts),
                 "summary": _plain(result.summary),
                 "finished": time.time(),
                 "digests": digests,
+                "settings": self.settings,
+                "versions": versions(),
             }
-            write_json(aside / _RESULT_FILENAME, content)
+            write_sealed(aside / _RESULT_FILENAME, content)
             if place.is_dir():
                 with suppress(ValueError):
                     there = self.find(sae, group, key)
@@ -322,7 +353,7 @@ class Store:
             raise os_error(place, error) from error
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        return _read_result(place)
+        return self.at(place)
 
     def at(self, place: Path) -> StoredResult:
         """The result in a folder of this store.
@@ -331,9 +362,16 @@ class Store:
             place: The folder.
 
         Raises:
-            ValueError: If it is damaged or gone.
+            ValueError: If it is damaged or gone, or was made for another folder.
         """
-        return _read_result(place)
+        result = _read_result(place)
+        own = self._place(result.sae, result.group, result.key)
+        if place != own:
+            raise ValueError(f"{place.name} is damaged (it holds what was written as {own.name!r})")
+        different = different_settings(result.settings, self.settings)
+        if different:
+            raise ValueError(f"{place.name} is of other settings ({', '.join(different)} differ)")
+        return result
 
     def results(self, sae: str | None = None) -> list[StoredResult]:
         """Every result that can be read, the newest last.
@@ -343,10 +381,20 @@ class Store:
         """
         found: list[StoredResult] = []
         beginning = "[!.]" if sae is None else self._beginning(sae)
-        for file in sorted((self.folder / _RESULTS).glob(f"{beginning}*/{_RESULT_FILENAME}")):
-            with suppress(ValueError):  # a damaged one is said when it is looked for
-                found.append(_read_result(file.parent))
+        for place in sorted((self.folder / _RESULTS).glob(f"{beginning}*")):
+            with suppress(ValueError):  # why_unread says of a damaged one
+                found.append(self.at(place))
         return sorted(found, key=lambda result: result.finished)
+
+    def why_unread(self) -> dict[str, str]:
+        """Why results that are there cannot be read, by their places in the folder."""
+        reasons: dict[str, str] = {}
+        for place in sorted((self.folder / _RESULTS).glob("[!.]*")):
+            try:
+                self.at(place)
+            except ValueError as error:
+                reasons[f"{_RESULTS}/{place.name}"] = f"{error}: delete that folder"
+        return reasons
 
     # --- several processes ---
 
@@ -414,14 +462,21 @@ def _held(lock: Path) -> bool:
 
 def _read_result(place: Path) -> StoredResult:
     try:
-        found = json.loads((place / _RESULT_FILENAME).read_text(encoding="utf-8"))
-        result = StoredResult(folder=place, **found)
-        for name in result.digests:
+        found = read_sealed(place / _RESULT_FILENAME)
+        kinds = {name: type(found.get(name)) for name in _KINDS}
+        if set(found) != set(_KINDS) or kinds != _KINDS or not set(found["digests"]) <= {*_TABLES}:
+            raise ValueError("it is no result of this version")
+        for name in found["digests"]:
             if not (place / f"{name}.parquet").is_file():
                 raise ValueError(f"{name}.parquet is missing")
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{place.name} is damaged ({error})") from error
-    return result
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place.name} is damaged ({_RESULT_FILENAME}: {error})") from error
+    return StoredResult(folder=place, **found)
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that decide numbers, the versions that are at work."""
+    return {package: version(package) for package in _PACKAGES}
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

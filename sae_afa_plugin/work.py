@@ -19,7 +19,7 @@ from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup
 from sae_afa_plugin.plan import Evaluation, sentence
 from sae_afa_plugin.sources import SAESource, shown_origin
 from sae_afa_plugin.spaces import LinearCode, linear_code, why_not
-from sae_afa_plugin.store import Store, StoredResult
+from sae_afa_plugin.store import Store, StoredResult, versions
 
 # Blocks depend on the dictionary alone, so that no setting of memory can move a number.
 _BLOCK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one [tokens, d_sae] matrix
@@ -55,11 +55,30 @@ class Work:
             if len(self.done.get(source.name, {})) < len(self.groups):
                 missing.append(source)
         if self.done:
+            self._say_versions()
             self.how.say(
                 f"{len(sources) - len(missing)} SAEs were finished before, {len(missing)} are to do"
             )
         if missing:
             self._evaluate(missing, refused)
+
+    def _say_versions(self) -> None:
+        """Say if what is taken over was made with other versions: numbers may differ by that.
+
+        It is no part of the key: this package counts up a group's version when its numbers change,
+        and other libraries seldom change any, while an evaluation may take hours.
+        """
+        here = versions()
+        for package in here:
+            of = {
+                part.versions.get(package) for done in self.done.values() for part in done.values()
+            }
+            other = ", ".join(sorted(v for v in of if v is not None and v != here[package]))
+            if other:
+                self.how.say(
+                    f"some of what was finished before was made with {package} {other}, and this "
+                    f"is {here[package]}: it is kept; to evaluate it again, use another folder"
+                )
 
     def look_up(self, source: SAESource, fingerprint: str, before: StoredResult) -> None:
         """Take over what the store has of an SAE, as far as it is of this one."""

@@ -162,7 +162,7 @@ def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: 
     assert set(tokens.groupby("sae", observed=True).size()) == {600}
 
     written = json.loads((release.folder / "results.json").read_text(encoding="utf-8"))
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == 3
     assert written["refused"] == {}
     assert list(written["saes"]) == RELEASE_IDS
     settings = written["settings"]

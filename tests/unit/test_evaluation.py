@@ -402,7 +402,7 @@ def test_results_are_saved_and_loaded(model, tokens, tmp_path):
         ".claims", "results", "results.json", "sae-afa.json", "sequences.parquet", "summary.csv",
     ]  # fmt: skip
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["schema_version"] == 2
+    assert written["schema_version"] == 3
     assert written["settings"]["seed"] == 42
     assert written["saes"]["a"]["l0_mean"] == pytest.approx(results.summary.loc["a", "l0_mean"])
     assert "L0" not in str(results)
@@ -576,7 +576,7 @@ def the_part(folder, name):
         (lambda f: (f / "results.json").write_text("[]"), "cannot be read: results.json"),
         (
             lambda f: (f / "sae-afa.json").write_text('{"schema_version": 9, "settings": {}}'),
-            "schema_version is 9, this version of sae-afa-plugin reads 2",
+            "schema_version is 9, this version of sae-afa-plugin reads 3",
         ),
         (lambda f: (f / "sae-afa.json").write_text("{"), "sae-afa.json' is damaged"),
         (lambda f: (f / "sae-afa.json").unlink(), "holds no results: it has no sae-afa.json"),
