@@ -27,6 +27,7 @@ from sae_afa_plugin.activations.tokens import PROTOCOLS, with_default_text
 from sae_afa_plugin.commands import add_evaluate, add_record, evaluation_given, reading_given
 from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import energy_sentence
 from sae_afa_plugin.printable import printable, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
@@ -81,7 +82,7 @@ def _parser() -> _Parser:
     )
     demo.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=Path("output/demo"),
         help="folder for the trained SAEs with their logs, and the results (default: %(default)s)",
     )
@@ -96,7 +97,7 @@ def _parser() -> _Parser:
         "several SAEs, error against sparsity. No model is needed.",
         allow_abbrev=False,
     )
-    plot.add_argument("--out", type=Path, help="folder for the figures (default: DIR/figures)")
+    plot.add_argument("--out", type=user_path, help="folder for the figures (default: DIR/figures)")
 
     report = commands.add_parser(
         "report",
@@ -106,10 +107,10 @@ def _parser() -> _Parser:
         "under-activated tokens, and how to read them. It works without a network.",
         allow_abbrev=False,
     )
-    report.add_argument("--out", type=Path, help=f"the file (default: DIR/{REPORT_FILENAME})")
+    report.add_argument("--out", type=user_path, help=f"the file (default: DIR/{REPORT_FILENAME})")
     for of_results in (plot, report):
         of_results.add_argument(
-            "results", type=Path, metavar="DIR", help="folder that sae-afa evaluate has left"
+            "results", type=user_path, metavar="DIR", help="folder that sae-afa evaluate has left"
         )
 
     commands.add_parser(

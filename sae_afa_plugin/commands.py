@@ -15,6 +15,7 @@ from sae_afa_plugin.activations.language_model import Reading
 from sae_afa_plugin.activations.recording import DTYPES
 from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
 from sae_afa_plugin.evaluation import Evaluation
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.options import add_options, arguments_for, given_options
 from sae_afa_plugin.results import AFAResults
 
@@ -89,20 +90,20 @@ def add_evaluate(commands: Commands) -> None:
     parser.add_argument(
         "--path",
         action="append",
-        type=Path,
+        type=user_path,
         default=[],
         metavar="FOLDER",
         help="an SAE that SAELens has saved (repeatable)",
     )
     parser.add_argument(
         "--activations",
-        type=Path,
+        type=user_path,
         metavar="FOLDER",
         help="a recording of sae-afa record, in place of a model and a dataset",
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=Path("output/evaluation"),
         help="folder for the results (default: %(default)s)",
     )
@@ -211,7 +212,7 @@ def add_record(commands: Commands) -> None:
         metavar="NAME",
         help="a hook, as blocks.8.hook_resid_pre (repeatable)",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the recording")
+    parser.add_argument("--out", type=user_path, required=True, help="folder for the recording")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),

@@ -28,6 +28,7 @@ from sae_afa_plugin.as_trained import (
     other_than_wanted,
     wrong_processing,
 )
+from sae_afa_plugin.files import user_given, user_path
 from sae_afa_plugin.groups.base import MetricGroup
 from sae_afa_plugin.plan import Evaluation, left_over, none_left, sorted_options
 from sae_afa_plugin.results import AFAResults, update_index
@@ -124,6 +125,7 @@ def evaluate_sources(
     **fields: Any,
 ) -> AFAResults:
     """What :func:`evaluate_saes` and :func:`evaluate_release` share; see there."""
+    model, dataset, activations = map(user_given, (model, dataset, activations))
     names = [source.name for source in sources]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"SAEs need names of their own: got {names}")
@@ -191,7 +193,7 @@ def evaluate_sources(
             )
 
     temporary = tempfile.TemporaryDirectory(prefix="sae-afa-") if out is None else None
-    folder = Path(str(out) if temporary is None else temporary.name)
+    folder = user_path(temporary.name if temporary is not None else str(out))
     store = Store(folder, {**activations.settings, "dtype": how.dtype})
     work = Work(activations, store, all_groups, how, keeps=temporary is None)
     try:

@@ -14,6 +14,32 @@ import torch
 from torch import Tensor
 
 
+def user_path(path: str | Path) -> Path:
+    """A path as its user means it: a leading ``~`` is the home folder.
+
+    Every function that takes a path from a user begins with this. Libraries differ in what they
+    make of ``~``, and some make a folder of that name.
+
+    Raises:
+        ValueError: If there is no such home.
+
+    Example:
+        >>> user_path("results/a").as_posix(), user_path("~").is_absolute()
+        ('results/a', True)
+    """
+    found = os.path.expanduser(path)  # which leaves what it does not know
+    if found.startswith("~"):
+        raise ValueError(f"the home folder of {str(path)!r} is not known: write out the path")
+    return Path(found)
+
+
+def user_given(given: Any) -> Any:
+    """A path, a name or an object, as :func:`user_path` where it begins with ``~``."""
+    if isinstance(given, str | Path) and str(given).startswith("~"):
+        return type(given)(user_path(given))
+    return given
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is complete or not there, whatever happens.
 

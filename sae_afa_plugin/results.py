@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from sae_afa_plugin.activations.base import different_settings
-from sae_afa_plugin.files import read_sealed, write_sealed, write_whole
+from sae_afa_plugin.files import read_sealed, user_path, write_sealed, write_whole
 from sae_afa_plugin.groups.base import GroupResult
 from sae_afa_plugin.printable import cell, printable
 from sae_afa_plugin.store import SCHEMA_VERSION, TOKEN, Store, StoredResult
@@ -153,7 +153,7 @@ class AFAResults:
         Raises:
             ValueError: If the folder holds results of other settings.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         if self._store is not None and folder.resolve() == self._store.folder.resolve():
             write_index(self._store, self.summary, self._parts, self.metadata)
             return
@@ -188,7 +188,7 @@ class AFAResults:
             ValueError: If the folder holds no finished results, or they are damaged or of
                 another version.
         """
-        folder = Path(folder)
+        folder = user_path(folder)
         try:
             store = Store(folder)
         except ValueError as error:

@@ -42,7 +42,7 @@ from sae_afa_plugin._upstream import (
     handle_config_defaulting,
     load_sae_config_from_huggingface,
 )
-from sae_afa_plugin.files import add_file, add_tensor
+from sae_afa_plugin.files import add_file, add_tensor, user_path
 from sae_afa_plugin.hub import cached_file, check_readable, commit_of, offline
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.spaces import linear_code, why_not
@@ -447,7 +447,7 @@ def sources_of(saes: Mapping[str, Any] | Any) -> list[SAESource]:
             source.name = name
             found.append(source)
         elif isinstance(sae, str | Path):
-            found.append(_FromFolder(name, Path(sae)))
+            found.append(_FromFolder(name, user_path(sae)))
         else:
             found.append(_InMemory(name, sae))
     return found

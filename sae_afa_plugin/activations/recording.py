@@ -35,7 +35,7 @@ from sae_afa_plugin.activations.models import (
     shared_model,
     why_not_loaded,
 )
-from sae_afa_plugin.files import write_json, write_whole
+from sae_afa_plugin.files import user_given, user_path, write_json, write_whole
 
 FORMAT_VERSION = 1
 MANIFEST_FILENAME = "manifest.json"
@@ -100,7 +100,7 @@ def record(
             range of ``dtype``.
         OSError: If the disk has no room.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {list(DTYPES)}: got {dtype!r}")
     manifest = _plan(source, list(dict.fromkeys(hooks)), dtype)
@@ -232,7 +232,7 @@ class RecordedActivations(Activations):
     """
 
     def __init__(self, folder: str | Path, model: Any | None = None, device: str | None = None):
-        self.folder, self._given, self._device = Path(folder), model, device
+        self.folder, self._given, self._device = user_path(folder), user_given(model), device
         found = _read_manifest(self.folder)
         try:
             self._manifest = _Manifest(

@@ -29,7 +29,7 @@ from sae_afa_plugin._upstream import (
     get_special_token_ids,
 )
 from sae_afa_plugin.activations.text import standard_library_texts
-from sae_afa_plugin.files import content_files
+from sae_afa_plugin.files import content_files, user_given
 from sae_afa_plugin.hub import check_readable, offline
 from sae_afa_plugin.options import flag
 
@@ -267,6 +267,7 @@ def sample_tokens(
     protocol = protocol.filled()
     not_chosen = torch.ones(protocol.context_size, dtype=torch.bool)
     not_chosen[protocol.chosen] = False
+    dataset = user_given(dataset)
     special = _special_tokens(model, protocol.exclude_special_tokens)
     vocabulary = _vocabulary(model)
     kept: list[Tensor] = []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.plots.coherence import coherence_plot
 from sae_afa_plugin.plots.energy import energy_plot
 from sae_afa_plugin.plots.frontier import frontier_plot
@@ -67,7 +68,7 @@ def drawable(results: AFAResults) -> dict[str, Callable[..., Figure]]:
     return {one.name: one.draw for one in pictures(results)}
 
 
-def save_plots(results: AFAResults, folder: Path) -> list[Path]:
+def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
     """Write every figure that the results have data for, as PNG and PDF.
 
     Args:
@@ -77,6 +78,7 @@ def save_plots(results: AFAResults, folder: Path) -> list[Path]:
     Returns:
         The files.
     """
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for name, draw in drawable(results).items():

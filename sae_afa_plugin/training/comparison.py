@@ -20,6 +20,7 @@ from sae_afa_plugin.activations.hooks import device_of
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.tokens import Protocol
 from sae_afa_plugin.evaluation import evaluate_saes
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sources import Excluded
 from sae_afa_plugin.training.coordinator import train_saes
@@ -107,6 +108,7 @@ def train_and_evaluate(
     Raises:
         ValueError: If a folder in ``out`` holds another training, or no SAE is left.
     """
+    out = user_path(out)
     if EVALUATION_FOLDER in saes:
         raise ValueError(f"the folder {EVALUATION_FOLDER!r} is for the results: use another name")
     steps = setup.training_tokens // setup.batch_size

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.training.folder import DIVERGED, FINISHED, UNDER_WAY, TrainingFolder, claimed
 from sae_afa_plugin.training.run import Run, SAETraining
@@ -77,10 +78,10 @@ def train_saes(
             process trains in ``out``.
         OSError: If nothing can be saved.
     """
-    out, metadata = Path(out), metadata or {}
     numbers = SimpleNamespace(block_tokens=block_tokens, checkpoint_seconds=checkpoint_seconds)
     limits.whole(numbers, "block_tokens", at_least=1, none=True)
     limits.real(numbers, "checkpoint_seconds")
+    out, metadata = user_path(out), metadata or {}
     block_tokens = _block_tokens(trainings, block_tokens)
     for name in trainings:
         if not name or name.startswith(".") or Path(name).name != name or printable(name) != name:

@@ -16,7 +16,7 @@ import torch
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_afa_plugin.files import write_whole
+from sae_afa_plugin.files import user_path, write_whole
 from sae_afa_plugin.saes.finite import LEFT_OUT_METRIC
 
 LOG_FILENAME = "training_log.jsonl"
@@ -152,7 +152,7 @@ def read_logs(folders: Iterable[Path]) -> pd.DataFrame:
     Args:
         folders: Each holds ``training_log.jsonl``; those that do not are passed over.
     """
-    files = [folder / LOG_FILENAME for folder in folders]
+    files = [user_path(folder) / LOG_FILENAME for folder in folders]
     return pd.DataFrame(
         [
             json.loads(line)

@@ -23,12 +23,18 @@ from typing_extensions import override
 
 from sae_afa_plugin._upstream import MultiSAETrainer
 from sae_afa_plugin.activations.hooks import check_hook
+from sae_afa_plugin.files import user_given
 from sae_afa_plugin.saes.finite import check_weights
 from sae_afa_plugin.training.checks import check_training
 from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
 from sae_afa_plugin.training.trainer import LoggedTrainer, OneOfSeveral
 
 _RunnerConfig: TypeAlias = LanguageModelSAERunnerConfig[Any] | MultiSAETrainingRunnerConfig
+
+_PATHS = (
+    *("output_path", "checkpoint_path", "resume_from_checkpoint", "from_pretrained_path"),
+    *("cached_activations_path", "model_name", "dataset_path"),
+)
 
 
 def _new_log(cfg: _RunnerConfig, trainer: SAETrainer[Any, Any] | MultiSAETrainer) -> TrainingLog:
@@ -67,6 +73,13 @@ def check_batches(model: Any, cfg: _RunnerConfig) -> None:
         )
 
 
+def _at_home(cfg: _RunnerConfig) -> None:
+    """Paths as their user means them: SAELens would make a folder called ``~``."""
+    for name in _PATHS:
+        if getattr(cfg, name, None) is not None:
+            setattr(cfg, name, user_given(getattr(cfg, name)))
+
+
 class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
     """SAELens's runner for one SAE, with ``training_log.jsonl`` in ``cfg.output_path``.
 
@@ -75,6 +88,10 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
     """
 
     log: TrainingLog
+
+    def __init__(self, cfg: LanguageModelSAERunnerConfig[Any], *args: Any, **kwargs: Any):
+        _at_home(cfg)
+        super().__init__(cfg, *args, **kwargs)
 
     @override
     def run(self) -> Any:
@@ -108,6 +125,10 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
     """
 
     log: TrainingLog
+
+    def __init__(self, cfg: MultiSAETrainingRunnerConfig, *args: Any, **kwargs: Any):
+        _at_home(cfg)
+        super().__init__(cfg, *args, **kwargs)
 
     @override
     def run(self) -> Any:
