@@ -7,6 +7,7 @@ SAELens takes one.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import sae_afa_plugin._interrupt  # noqa: F401  # first  # pyright: ignore[reportUnusedImport]
 from sae_afa_plugin.evals import AFAEvalConfig, AFAEvaluator, run_evals
 from sae_afa_plugin.evaluation import evaluate_release, evaluate_saes
 from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilon_lbo

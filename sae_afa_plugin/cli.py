@@ -18,6 +18,7 @@ from typing_extensions import override
 
 import sae_afa_plugin
 from sae_afa_plugin import __version__
+from sae_afa_plugin._interrupt import as_usual
 from sae_afa_plugin._upstream import parse_runner_config
 from sae_afa_plugin.activations.embedded import embedded_model_facts
 from sae_afa_plugin.activations.language_model import LanguageModelActivations, Reading
@@ -262,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     show_only_printable_messages()
     args, rest = _parser().parse_known_args(argv)
+    as_usual()
     if rest and args.command != "train":
         _parser().error(f"unrecognized arguments: {' '.join(rest)}")
     try:

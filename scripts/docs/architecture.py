@@ -24,6 +24,7 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "options": ("flags from dataclasses", _TOOL),
         "files": ("whole or not there", _TOOL),
         "printable": ("others' words, shown", _TOOL),
+        "_interrupt": ("Ctrl-C in imports", _TOOL),
         "_upstream": ("internals of others", _TOOL),
     },
     {

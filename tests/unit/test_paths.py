@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.models import tiny_hooked_sae_transformer
 from sae_lens import LanguageModelSAERunnerConfig, LoggingConfig, StandardSAE, StandardSAEConfig
 from sae_lens.config import SAETrainerConfig
@@ -99,9 +100,9 @@ def test_trainings(home):
     runner = LoggedTrainingRunner(
         LanguageModelSAERunnerConfig(
             sae=cfg, hook_name=HOOK, output_path="~/runner", checkpoint_path="~/checkpoints",
-            resume_from_checkpoint="~/none",
+            resume_from_checkpoint="~/none", context_size=32, is_dataset_tokenized=True,
         ),
-        override_dataset=[{"tokens": list(range(32))}] * 3,
+        override_dataset=Dataset.from_dict({"tokens": [list(range(32))] * 9}),
         override_model=model,
     )  # fmt: skip
     assert runner.cfg.output_path == str(home / "runner")
