@@ -19,6 +19,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -41,16 +42,26 @@ _Kernel = Callable[..., None]
 def compile_kernel(function: _Kernel, signature: str, **options: Any) -> _Kernel | None:
     """Compile a function that releases the interpreter, or None where Numba does not work.
 
-    The first call on a machine compiles, for a few seconds; later ones read Numba's cache.
+    The first call on a machine compiles, for a few seconds; later ones read Numba's cache. One that
+    is damaged is made again, and one that cannot be read or written is done without.
     """
     try:
         from numba import njit  # pyright: ignore
     except ImportError:  # also of a Numba that does not know this NumPy
         return None
-    try:
-        return njit(signature, nogil=True, cache=True, **options)(function)
-    except (RuntimeError, OSError):  # the cache cannot be written
-        return njit(signature, nogil=True, **options)(function)
+    with suppress(Exception):  # whatever reading a damaged file can raise
+        kernel: Any = njit(nogil=True, cache=True, **options)(function)
+        try:
+            kernel.compile(signature)
+        except Exception:
+            if not kernel.signatures:  # else it is compiled, and only could not be kept
+                kernel.recompile()  # of what is not compiled yet: empties the cache, unread
+                with suppress(Exception):
+                    kernel.compile(signature)
+        if kernel.signatures:
+            kernel.disable_compile()  # for other types, as where the signature is given at once
+            return kernel
+    return njit(signature, nogil=True, **options)(function)
 
 
 def in_threads(kernel: _Kernel, arguments: list[tuple[Any, ...]]) -> None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import pickle
+import random
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numba
+import numpy as np
 import pytest
 import torch
 from helpers.backends import BACKENDS
@@ -116,21 +123,123 @@ def test_numba_is_what_runs_here_and_torch_without_it(monkeypatch):
         numba_kernel.compiled.cache_clear()
 
 
-def test_numba_compiles_where_no_cache_can_be_written(monkeypatch):
-    import numba
+_DOUBLE = """
+def double(values):
+    for i in range(values.shape[0]):
+        values[i] *= 2.0
+"""
 
-    def njit(signature, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return numba_njit(signature, **options)
 
-    numba_njit = numba.njit
-    monkeypatch.setattr(numba, "njit", njit)
+def compiled_in(folder, source):
+    """Compile a function with its cache in a folder: whether it had to be, or was loaded."""
+    source.write_text(_DOUBLE)
+    spec = importlib.util.spec_from_file_location("doubling", source)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numba.config, "CACHE_DIR", str(folder))
+        kernel = numba_kernel.compile_kernel(module.double, "void(f4[::1])")
+    values = np.arange(3, dtype=np.float32)
+    kernel(values)
+    assert values.tolist() == [0.0, 2.0, 4.0]
+    with pytest.raises(TypeError):  # nothing is compiled that was not asked for
+        kernel(np.arange(3))
+    return "loaded" if sum(kernel.stats.cache_hits.values()) else "compiled"
+
+
+def _as_a_directory(file):
+    file.unlink()
+    file.mkdir()
+
+
+DAMAGES = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "noise": lambda file: file.write_bytes(random.Random(0).randbytes(file.stat().st_size)),
+    "another pickle": lambda file: file.write_bytes(pickle.dumps(42)),
+    "other pickles": lambda file: file.write_bytes(  # of this Numba, as it seems
+        pickle.dumps(numba.__version__) + pickle.dumps(("a", "b", "c"))
+    ),
+    "a class that is gone": lambda file: file.write_bytes(b"cno_such_module\nClass\n."),
+    "unreadable": lambda file: file.chmod(0),
+    "a directory": _as_a_directory,
+}
+
+
+@pytest.mark.parametrize("kind", [".nbi", ".nbc"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_of_numba_is_made_again(tmp_path, damage, kind):
+    folder, source = tmp_path / "cache", tmp_path / "doubling.py"
+    assert [compiled_in(folder, source) for _ in range(2)] == ["compiled", "loaded"]
+    (file,) = folder.rglob(f"*{kind}")
+    if damage == "unreadable" and os.geteuid() == 0:
+        pytest.skip("root reads it: see the test without its capabilities")
+    DAMAGES[damage](file)
+    assert compiled_in(folder, source) == "compiled"
+    # a directory is not deleted: somebody may have put something there
+    assert compiled_in(folder, source) == ("compiled" if damage == "a directory" else "loaded")
+
+
+def test_a_cache_of_numba_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    in_the_way = tmp_path / "__pycache__"
+    for name in ("HOME", "XDG_CACHE_HOME"):  # where it would go if not there
+        monkeypatch.setenv(name, str(in_the_way))
+    in_the_way.write_text("a file")
+    source = tmp_path / "doubling.py"
+    assert [compiled_in(in_the_way, source) for _ in range(2)] == ["compiled"] * 2
+
+
+_WITHOUT_CAPABILITIES = """
+import sys
+from pathlib import Path
+from unit.rules import test_backends as tests
+
+for kind in (".nbi", ".nbc"):
+    folder = Path(sys.argv[1]) / kind
+    folder.mkdir()
+    tests.compiled_in(folder / "cache", folder / "doubling.py")
+    (file,) = (folder / "cache").rglob(f"*{kind}")
+    file.chmod(0)
+    print(*(tests.compiled_in(folder / "cache", folder / "doubling.py") for _ in range(2)))
+(folder,) = (Path(sys.argv[1]) / ".nbi" / "cache").iterdir()
+for file in folder.iterdir():
+    file.write_bytes(b"damaged")
+folder.chmod(0o555)
+print(*(tests.compiled_in(folder.parent, folder.parents[1] / "doubling.py") for _ in range(2)))
+folder.chmod(0o755)
+"""
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs setpriv of util-linux")
+def test_a_cache_of_numba_without_permissions_is_no_mistake(tmp_path):
+    """Root, who may do anything, lets go of that."""
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.geteuid() == 0 else []
+    tests = Path(__file__).parents[2]
+    done = subprocess.run(
+        [*drop, sys.executable, "-c", _WITHOUT_CAPABILITIES, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["compiled loaded"] * 2
+    assert done.stdout.splitlines()[2].startswith("compiled")
+
+
+def test_top_afa_survives_a_cache_that_is_all_damaged(tmp_path, monkeypatch):
     acts, target = _random(40, 300)
     expected = numba_kernel.keep_prefix(acts, target, None, 2, "row")
-    numba_kernel.compiled.cache_clear()
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     try:
-        assert torch.equal(numba_kernel.keep_prefix(acts, target, None, 2, "row"), expected)
+        for _ in range(2):
+            numba_kernel.compiled.cache_clear()
+            assert operator.backend(acts) == "numba"
+            assert torch.equal(top_afa(acts, target), expected)
+            files = [file for file in tmp_path.rglob("*") if file.is_file()]
+            assert len(files) == 2
+            for file in files:
+                file.write_bytes(b"damaged")
     finally:
         numba_kernel.compiled.cache_clear()
 
