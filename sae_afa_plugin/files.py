@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+import re
+import shutil
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import Timeout
+from safetensors import SafetensorError
 from torch import Tensor
+
+PARTIAL = ".partial"  # how hidden names end of what is not complete
 
 
 def user_path(path: str | Path) -> Path:
@@ -45,36 +52,105 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
     Args:
         path: The file.
-        write: Writes to the path that it is given.
+        write: Writes to the path that it is given, beside which it may leave what it likes.
 
     Raises:
-        OSError: If that fails, with what to do.
+        NotWrittenError: If that fails.
     """
-    partial = path.with_name(f".{path.name}.partial")  # what a kill leaves, the next run replaces
-    try:
-        partial.unlink(missing_ok=True)  # or a link that somebody left there would be followed
-        write(partial)
-        with partial.open("rb+") as file:
+    with aside_of(path) as aside:
+        aside.mkdir()
+        write(aside / path.name)
+        with (aside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise os_error(path, error) from error
-        raise
+        (aside / path.name).replace(path)
+
+
+@contextmanager
+def aside_of(path: Path) -> Generator[Path]:
+    """Where something is written before it takes its place; what is left there is removed.
+
+    Args:
+        path: The file or folder that it becomes.
+
+    Raises:
+        NotWrittenError: If something fails.
+    """
+    try:
+        with writing(path):
+            clear_aside(path)
+            yield _aside(path)
+    finally:
+        clear_aside(path)
+
+
+def clear_aside(path: Path) -> None:
+    """Remove what a kill has left of something that was written aside.
+
+    Args:
+        path: The file or folder that it would have become.
+    """
+    shutil.rmtree(_aside(path), ignore_errors=True)
+    with suppress(OSError):
+        _aside(path).unlink(missing_ok=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}{PARTIAL}")
 
 
 class NotWrittenError(OSError):
     """A file could not be written: the disk is full, say, or the folder is not ours."""
 
 
-def os_error(path: Path, error: OSError) -> NotWrittenError:
-    """An error of the system, with what to do."""
-    return NotWrittenError(
-        f"{path.name} could not be written in {str(path.parent)!r} ({error.strerror or error}): "
-        "nothing that was finished is lost, mend this and run the same again"
-    )
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """Let what fails in writing be said in one sentence, with the folder and what to do.
+
+    Args:
+        path: The file or folder that people know.
+
+    Raises:
+        NotWrittenError: If something fails.
+    """
+    try:
+        yield
+    except Timeout:
+        raise  # a lock that another process holds
+    # of files and Arrow; of safetensors; of torch.save
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, NotWrittenError):  # of a part of it: the whole is what people know
+            error = error.__cause__ or error
+        number = _number_of(path, error)
+        reason = os.strerror(number) if number else " ".join(str(error).split())
+        raise NotWrittenError(
+            f"{path.name} could not be written in {str(path.parent)!r} ({reason}): nothing that "
+            f"was finished is lost, {_WHAT_TO_DO.get(number, 'mend this')} and run the same again"
+        ) from error
+
+
+_ROOM, _WRITABLE = "make room on that disk", "make that folder writable"
+_WHAT_TO_DO = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EROFS: _WRITABLE,
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.ENOENT: "make that folder",
+}
+_NO_ROOM = 1 << 20  # bytes
+
+
+def _number_of(path: Path, error: BaseException) -> int:
+    """The system's number of an error, 0 if there is none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors
+        return int(found[1])
+    with suppress(OSError):
+        # torch.save says at which byte it could not go on, and not why
+        if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < _NO_ROOM:
+            return errno.ENOSPC
+    return 0
 
 
 def content_files(folder: Path) -> list[Path]:

@@ -32,17 +32,18 @@ from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.files import (
     add_file,
-    os_error,
+    aside_of,
     read_object,
     read_sealed,
     user_path,
     write_sealed,
     write_whole,
+    writing,
 )
 from sae_afa_plugin.groups.base import GroupResult
 
@@ -216,7 +217,6 @@ class Store:
         Raises:
             ValueError: If the folder has others.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         with self._lock("folder"):
             if not (self.folder / MARKER_FILENAME).is_file():
                 write_whole(self.folder / SEQUENCES_FILENAME, sequences.to_parquet)
@@ -316,9 +316,7 @@ class Store:
             OSError: If it cannot be written.
         """
         place = self._place(sae, group, key)
-        aside = place.with_name(f".{place.name}.partial")  # only who has the claim writes here
-        try:
-            shutil.rmtree(aside, ignore_errors=True)
+        with aside_of(place) as aside:  # only who has the claim writes here
             aside.mkdir(parents=True)
             digests: dict[str, str] = {}
             for name, table in zip(_TABLES, (result.tokens, result.features), strict=True):
@@ -350,10 +348,6 @@ class Store:
                     return there  # a process that sees no locks was faster
                 shutil.rmtree(place)  # a damaged one
             aside.rename(place)
-        except OSError as error:
-            raise os_error(place, error) from error
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
         return self.at(place)
 
     def at(self, place: Path) -> StoredResult:
@@ -409,21 +403,19 @@ class Store:
             name: Of an SAE.
             wait: Wait until no other process is at it.
         """
-        lock = self._lock(hashlib.sha256(name.encode()).hexdigest()[:16])
         try:
-            lock.acquire(timeout=-1 if wait else 0)
+            lock = self._lock(hashlib.sha256(name.encode()).hexdigest()[:16], -1 if wait else 0)
         except Timeout:
             yield False
             return
-        try:
+        with lock:
             yield True
-        finally:
-            lock.release()
 
-    def _lock(self, name: str) -> FileLock:
+    def _lock(self, name: str, timeout: float = -1) -> AcquireReturnProxy[BaseFileLock]:
         claims = self.folder / _CLAIMS
-        claims.mkdir(parents=True, exist_ok=True)
-        return FileLock(claims / f"{name}.lock")
+        with writing(claims):
+            claims.mkdir(parents=True, exist_ok=True)
+            return FileLock(claims / f"{name}.lock").acquire(timeout=timeout)
 
     @contextmanager
     def alone(self) -> Generator[None]:

@@ -14,7 +14,7 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sae_afa_plugin._upstream import TransformerBridge, convert_gpt2_weights
-from sae_afa_plugin.files import user_path
+from sae_afa_plugin.files import aside_of, user_path
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
@@ -98,10 +98,12 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
         # a fresh model: the loaded one remembers its GGUF origin and would not save
         model = LlamaForCausalLM(loaded.config)
         model.load_state_dict(loaded.state_dict())
-        partial = folder.with_name(folder.name + ".partial")
-        model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
-        partial.rename(folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        with aside_of(folder) as aside:
+            aside.mkdir(parents=True)
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            aside.rename(folder)
     return TransformerBridge.boot_transformers(str(folder), device=device)
 
 

@@ -2,7 +2,7 @@
 
 In the folder of a recording::
 
-    manifest.json      what decides the numbers, hooks, shapes, shards; written before the shards
+    manifest.json      what decides the numbers, hooks, shapes, shards; written first
     places.parquet     where each token stands
     sequences.parquet  every token that the model has read, with its text
     00000.safetensors  a shard: some tokens in a row, one tensor for each hook
@@ -35,7 +35,14 @@ from sae_afa_plugin.activations.models import (
     shared_model,
     why_not_loaded,
 )
-from sae_afa_plugin.files import user_given, user_path, write_json, write_whole
+from sae_afa_plugin.files import (
+    PARTIAL,
+    user_given,
+    user_path,
+    write_json,
+    write_whole,
+    writing,
+)
 
 FORMAT_VERSION = 1
 MANIFEST_FILENAME = "manifest.json"
@@ -108,7 +115,7 @@ def record(
     content = json.loads(json.dumps(content))  # tuples become lists, as in the file
     if (folder / MANIFEST_FILENAME).is_file():
         _check_same(folder, content)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not file.name.endswith(PARTIAL) for file in folder.iterdir()):
         raise ValueError(
             f"the folder {str(folder)!r} is not empty and holds no recording: use another folder"
         )
@@ -120,7 +127,8 @@ def record(
         f"{manifest.bytes_per_token:,} bytes each: {_size(manifest.n_tokens * manifest.bytes_per_token)}"
         + (f", of which {_size(needed)} are missing" if len(missing) < manifest.n_shards else "")
     )
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -128,14 +136,15 @@ def record(
             "record fewer tokens or hooks, or in float16"
         )
     if missing:
+        # first, so that whatever is there is known to be of a recording
+        if not (folder / MANIFEST_FILENAME).is_file():
+            write_json(folder / MANIFEST_FILENAME, content)
         for name, table in (
             (_PLACES_FILENAME, source.places),
             (_SEQUENCES_FILENAME, source.sequences),
         ):
             if not (folder / name).is_file():
                 write_whole(folder / name, table.to_parquet)
-        if not (folder / MANIFEST_FILENAME).is_file():
-            write_json(folder / MANIFEST_FILENAME, content)
     with tqdm(
         total=manifest.n_tokens,
         initial=manifest.n_tokens - tokens,

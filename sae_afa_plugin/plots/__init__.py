@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import pkgutil
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sae_afa_plugin.files import user_path
+from sae_afa_plugin.files import user_path, write_whole, writing
 from sae_afa_plugin.plots.coherence import coherence_plot
 from sae_afa_plugin.plots.energy import energy_plot
 from sae_afa_plugin.plots.frontier import frontier_plot
@@ -77,13 +78,18 @@ def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
 
     Returns:
         The files.
+
+    Raises:
+        OSError: If one cannot be written. Those before it are whole.
     """
     folder = user_path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for name, draw in drawable(results).items():
         figure = draw(results)
         for kind in ("png", "pdf"):
             written.append(folder / f"{name}.{kind}")
-            figure.savefig(written[-1], dpi=200, bbox_inches="tight")
+            save = partial(figure.savefig, format=kind, dpi=200, bbox_inches="tight")
+            write_whole(written[-1], save)
     return written

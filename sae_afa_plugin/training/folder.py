@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from sae_afa_plugin._upstream import (
     ACTIVATION_SCALER_CFG_FILENAME,
@@ -31,7 +30,7 @@ from sae_afa_plugin._upstream import (
     SPARSITY_FILENAME,
     TRAINER_STATE_FILENAME,
 )
-from sae_afa_plugin.files import write_json
+from sae_afa_plugin.files import aside_of, clear_aside, write_json, writing
 from sae_afa_plugin.training.log import LOG_FILENAME
 
 RECORD_FILENAME = "training.json"
@@ -39,7 +38,7 @@ STATE_FILENAME = "coordinator_state.pt"
 FINISHED, DIVERGED, FAILED, UNDER_WAY = "finished", "diverged", "failed", "under way"
 
 _CHECKPOINT = "checkpoint-"
-_PARTIAL = ".writing"  # what a kill leaves, the next run replaces
+_ASIDE = ("checkpoint", "SAE")  # what is written aside
 _FINAL = (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, SAE_CFG_FILENAME)
 _WRITTEN = (
     *_FINAL,
@@ -114,13 +113,15 @@ class TrainingFolder:
 
     def begin(self) -> None:
         """Make the folder, and clear what a kill has left half written."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self.say(UNDER_WAY, self.record["step"], self.record["seconds"])
         self.tidy()
 
     def tidy(self) -> None:
         """Remove what a kill has left, and all checkpoints but the last; those too if finished."""
-        _remove(self.path / _PARTIAL)
+        for name in _ASIDE:
+            clear_aside(self.path / name)
         for old in self._checkpoints()[: None if self.state == FINISHED else -1]:
             _remove(old)
 
@@ -159,8 +160,8 @@ class TrainingFolder:
         """
         place = self.path / f"{_CHECKPOINT}{step:06d}"
         if not place.exists():
-            with self._aside(write) as partial:
-                partial.rename(place)
+            with self._aside("checkpoint", write) as aside:
+                aside.rename(place)
             self.tidy()
 
     def finish(self, step: int, seconds: float, write: Callable[[Path], Any]) -> None:
@@ -171,30 +172,21 @@ class TrainingFolder:
             seconds: Spent in them.
             write: Writes the SAE into the folder that it is given.
         """
-        with self._aside(write) as partial:
+        with self._aside("SAE", write) as aside:
             for name in _FINAL:
-                (partial / name).replace(self.path / name)
+                (aside / name).replace(self.path / name)
         self.say(FINISHED, step, seconds)
         self.tidy()
 
     @contextmanager
-    def _aside(self, write: Callable[[Path], Any]) -> Generator[Path]:
-        partial = self.path / _PARTIAL
-        try:
-            _remove(partial)
-            partial.mkdir()
-            write(partial)
-            for file in partial.iterdir():
+    def _aside(self, what: str, write: Callable[[Path], Any]) -> Generator[Path]:
+        with aside_of(self.path / what) as aside:
+            aside.mkdir()
+            write(aside)
+            for file in aside.iterdir():
                 with file.open("rb+") as content:
                     os.fsync(content.fileno())
-            yield partial
-        # of files, of safetensors, of torch.save
-        except (OSError, SafetensorError, RuntimeError) as error:
-            _remove(partial)
-            raise OSError(
-                f"nothing could be saved in {str(self.path)!r} ({error}): what was saved before "
-                "is kept, mend this and run the same again"
-            ) from error
+            yield aside
 
 
 def _flat(settings: Any, prefix: str = "") -> Generator[tuple[str, Any]]:
@@ -223,10 +215,12 @@ def claimed(folder: Path) -> Generator[None]:
     Raises:
         ValueError: If another process trains there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".training.lock")
+    path = folder / ".training.lock"
+    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
     except Timeout as error:
         raise ValueError(
             f"another process is training in {str(folder)!r}: wait until it has finished, or use "

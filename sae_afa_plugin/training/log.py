@@ -16,7 +16,7 @@ import torch
 from sae_lens import SAETrainer
 from sae_lens.saes.sae import TrainStepOutput
 
-from sae_afa_plugin.files import user_path, write_whole
+from sae_afa_plugin.files import user_path, write_whole, writing
 from sae_afa_plugin.saes.finite import LEFT_OUT_METRIC
 
 LOG_FILENAME = "training_log.jsonl"
@@ -135,14 +135,16 @@ class TrainingLog:
             line["sae"] = name
         line.update(trainer.build_train_step_log_dict(output, trainer.n_training_samples))
         line[_LEFT_OUT] = line.get(_LEFT_OUT, 0) + left_out
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+        text = json.dumps({key: _finite(value) for key, value in line.items()})
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def keep(self) -> None:
         """Wait until what was written is on the disk."""
         if self.path is not None and self.path.exists():
-            with self.path.open("rb+") as file:
+            with writing(self.path), self.path.open("rb+") as file:
                 os.fsync(file.fileno())
 
 

@@ -368,17 +368,14 @@ class Run:
 
     def _write_checkpoint(self, folder: Path) -> None:
         assert self._trainer is not None
-        try:
-            with self._as_saved(self._trainer):
-                self._trainer.save_checkpoint(folder.name, folder.parent)
-            state = {
-                "random": self._random,
-                "seconds": self._watch.seconds,
-                "left_out": self._left_out,
-            }
-            torch.save(state, folder / STATE_FILENAME)
-        except RuntimeError as error:  # torch.save, where the disk is full
-            raise OSError(str(error)) from error
+        with self._as_saved(self._trainer):
+            self._trainer.save_checkpoint(folder.name, folder.parent)
+        state = {
+            "random": self._random,
+            "seconds": self._watch.seconds,
+            "left_out": self._left_out,
+        }
+        torch.save(state, folder / STATE_FILENAME)
 
     def _finish(self, trainer: _Trainer) -> None:
         sae, scaler = trainer.sae, trainer.activation_scaler

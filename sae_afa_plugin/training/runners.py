@@ -7,6 +7,7 @@ training itself is SAELens's, unchanged.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +24,7 @@ from typing_extensions import override
 
 from sae_afa_plugin._upstream import MultiSAETrainer
 from sae_afa_plugin.activations.hooks import check_hook
-from sae_afa_plugin.files import user_given
+from sae_afa_plugin.files import user_given, writing
 from sae_afa_plugin.saes.finite import check_weights
 from sae_afa_plugin.training.checks import check_training
 from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog
@@ -107,6 +108,11 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
         return super().run_trainer_with_interruption_handling(trainer)
 
     @override
+    def save_checkpoint(self, checkpoint_path: Path | None) -> None:
+        with writing(Path(checkpoint_path or tempfile.gettempdir())):
+            super().save_checkpoint(checkpoint_path)
+
+    @override
     def save_final_sae(
         self,
         sae: TrainingSAE[Any],
@@ -114,7 +120,8 @@ class LoggedTrainingRunner(LanguageModelSAETrainingRunner):
         log_feature_sparsity: Tensor | None = None,
     ) -> None:
         check_weights("this SAE", sae.state_dict())
-        super().save_final_sae(sae, output_path, log_feature_sparsity)
+        with writing(Path(output_path)):
+            super().save_final_sae(sae, output_path, log_feature_sparsity)
 
 
 class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
@@ -156,3 +163,9 @@ class LoggedMultiTrainingRunner(MultiSAETrainingRunner):
             if one.why is not None and not left:
                 raise one.why
         return left
+
+    @override
+    def _save_final_outputs(self, *args: Any, **kwargs: Any) -> None:
+        assert self.cfg.output_path is not None
+        with writing(Path(self.cfg.output_path)):
+            super()._save_final_outputs(*args, **kwargs)

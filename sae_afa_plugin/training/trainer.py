@@ -6,6 +6,7 @@ of it would share with it.
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from sae_afa_plugin._upstream import ActivationScaler
+from sae_afa_plugin.files import writing
 from sae_afa_plugin.saes.finite import check_weights, finite_rows, nothing_finite, say_left_out
 from sae_afa_plugin.training.log import TrainingLog
 
@@ -173,7 +175,10 @@ class LoggedTrainer(SAETrainer[Any, Any]):
         wandb_aliases: list[str] | None = None,
     ) -> None:
         check_weights(self.what, self.sae.state_dict())
-        super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+        # without a folder it is a temporary one, for wandb
+        base = Path(base_path or self.cfg.checkpoint_path or tempfile.gettempdir())
+        with writing(base / checkpoint_name):
+            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
 
 
 class OneOfSeveral(LoggedTrainer):

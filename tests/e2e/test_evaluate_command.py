@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from helpers.afa_oracle import metrics_of_dictionary
+from helpers.disks import small_disk
 from helpers.hub import LoopbackHub, client_environment, run_client
 from helpers.models import gpt2_tokenizer
 from helpers.releases import (
@@ -727,26 +727,6 @@ def test_what_a_kill_left_half_written_is_cleared_away(
 
 
 # --- a disk that is full ---
-
-
-@contextlib.contextmanager
-def small_disk(place: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """A file system of some bytes; gives a function that makes it larger."""
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs"]
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small file system")
-    made = subprocess.run(
-        [*mount, "-o", f"size={size}", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"no small file system can be mounted here: {made.stderr.decode()}")
-    try:
-        yield lambda size: subprocess.run(
-            ["mount", "-o", f"remount,size={size}", str(place)], check=True
-        )
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 PAGE = 4096

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from datasets import Dataset
+from helpers.disks import small_disk
 from helpers.straight_line import StraightLineTraining
 from sae_lens import (
     SAE,
@@ -28,6 +29,7 @@ from sae_afa_plugin import TopAFASAE, TopAFATrainingSAE, TopAFATrainingSAEConfig
 from sae_afa_plugin.activations.embedded import load_embedded_model
 from sae_afa_plugin.activations.hooks import check_hook
 from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.training.log import LOG_FILENAME
 from sae_afa_plugin.training.runners import LoggedMultiTrainingRunner, LoggedTrainingRunner
 
@@ -519,3 +521,43 @@ def test_a_copied_trainer_trains_the_copy(model, text, activations, tmp_path, sa
     after = copy.deepcopy(copied.sae.state_dict())
     trainer.step(activations[:256])
     assert all(torch.equal(after[name], w) for name, w in copied.sae.state_dict().items())
+
+
+@pytest.mark.parametrize("checkpoints", [0, 1])
+def test_a_full_disk_under_saelens_runner_is_said(model, text, tmp_path, checkpoints):
+    cfg = runner_config(
+        tmp_path,
+        output_path=str(tmp_path / "disk" / "sae"),
+        checkpoint_path=str(tmp_path / "disk" / "checkpoints"),
+        n_checkpoints=checkpoints,
+    )
+    what = "checkpoints" if checkpoints else "disk"
+    with small_disk(tmp_path / "disk", 1 << 18) as enlarge:
+        runner = LoggedTrainingRunner(cfg, override_dataset=text, override_model=model)
+        with pytest.raises(
+            NotWrittenError, match=rf"{what}.*\(No space left on device\).*make room"
+        ):
+            runner.run()
+        enlarge(1 << 26)
+        LoggedTrainingRunner(cfg, override_dataset=text, override_model=model).run()
+        assert (tmp_path / "disk" / "sae" / "sae_weights.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:All samples in the training dataset")
+def test_a_full_disk_under_saelens_runner_of_many_is_said(model, text, tmp_path):
+    cfg = MultiSAETrainingRunnerConfig(
+        saes={"a": TopKTrainingSAEConfig(d_in=192, d_sae=256, k=20)},
+        hook_names={"a": HOOK},
+        context_size=64,
+        training_tokens=2 * 256,
+        train_batch_size_tokens=256,
+        store_batch_size_prompts=8,
+        n_batches_in_buffer=8,
+        checkpoint_path=None,
+        output_path=str(tmp_path / "disk" / "saes"),
+        logger=LoggingConfig(log_to_wandb=False),
+    )
+    with small_disk(tmp_path / "disk", 1 << 16):
+        runner = LoggedMultiTrainingRunner(cfg, override_dataset=text, override_model=model)
+        with pytest.raises(NotWrittenError, match=r"saes .*disk' \(No space left on device\)"):
+            runner.run()
