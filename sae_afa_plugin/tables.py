@@ -13,7 +13,7 @@ from rich.text import Text
 from sae_afa_plugin.groups import shown_columns as group_columns
 from sae_afa_plugin.groups.base import Column
 from sae_afa_plugin.printable import printable
-from sae_afa_plugin.results import AFAResults
+from sae_afa_plugin.results import AFAResults, shown_name
 
 _ALWAYS = 4  # columns that no table goes without
 # what is known of an SAE beside what groups of metrics find
@@ -69,7 +69,8 @@ def results_table(results: AFAResults, title: str = "", width: int | None = None
             table.add_column(column.heading, justify="right", no_wrap=True, vertical="bottom")
         for name, row in results.summary.iterrows():
             table.add_row(
-                Text(printable(str(name))), *(shown(column, row[column.name]) for column in columns)
+                Text(printable(shown_name(str(name)))),
+                *(shown(column, row[column.name]) for column in columns),
             )
         table.title = None  # it may wrap, and must not count here
         fits = width is None or Console(width=10_000).measure(table).minimum <= width

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 
 from sae_afa_plugin.groups.afa import SHARES
 from sae_afa_plugin.plots.style import Results, axes_of, literal, merged, picture
+from sae_afa_plugin.results import shown_name
 
-_LONGEST_NAME = 36  # characters
+_LONGEST_NAME = 37  # characters; it leaves room for the bars
 _LOOKS = {
     "share_features": ("features ‖f‖²", "#0072B2", ""),
     "share_interference": ("interference", "#56B4E9", "///"),
@@ -77,15 +78,8 @@ def energy_plot(results: Results, ax: Axes | None = None) -> Figure:
         ends[-1] = ends[-1] + values.clip(max=0)
     ax.axvline(1, color="black", lw=1.2)
     ax.axvline(0, color="0.5", lw=0.8)
-    ax.set_yticks(at, [literal(_short(name)) for name in names])
+    ax.set_yticks(at, [literal(shown_name(name, _LONGEST_NAME)) for name in names])
     ax.invert_yaxis()
     ax.set_xlabel("share of the input's energy ‖z − b‖²")
     ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=4, fontsize="small")
     return figure
-
-
-def _short(name: str) -> str:
-    """A name that leaves room for the bars; tables have it whole."""
-    name = " ".join(name.split())  # a line break would cover the next name
-    half = _LONGEST_NAME // 2
-    return name if len(name) <= _LONGEST_NAME else f"{name[:half]}…{name[-half:]}"

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from sae_afa_plugin.results import AFAResults
+from sae_afa_plugin.results import AFAResults, shown_name
 
 _P = ParamSpec("_P")
 Results: TypeAlias = AFAResults | Sequence[AFAResults]
@@ -152,8 +152,11 @@ def is_constant(values: np.ndarray) -> bool:
 
 
 def literal(name: str) -> str:
-    """A name as matplotlib is to write it: between two dollars it would read mathematics."""
-    return name.replace("$", r"\$")
+    """A name as matplotlib is to write it: between two dollars it would read mathematics.
+
+    No longer than can be read: a picture grows with its longest name, 3,000 characters to 10 GiB.
+    """
+    return shown_name(name).replace("$", r"\$")
 
 
 def legend(ax: Axes, names: Sequence[str], colour: Mapping[str, str]) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import inspect
 
+import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
+from helpers.results import made_up_results
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from sae_afa_plugin import plots
 from sae_afa_plugin.metrics import summarize
 from sae_afa_plugin.report import render_report
 from sae_afa_plugin.results import AFAResults
+from sae_afa_plugin.tables import results_table
 
 NAMES = ["first", "second", "third"]
 
@@ -329,6 +333,24 @@ def test_the_energy_budget_is_stacked_up_to_one():
     assert "energy" not in plots.drawable(results)
     with pytest.raises(ValueError, match="have no energy budget"):
         plots.energy_plot(results)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_figure_or_table_grows_with_a_name(tmp_path):
+    from_names = {"short": ["one", "two", "three"], "long": [letter * 3000 for letter in "abc"]}
+    pixels: dict[str, dict[str, int]] = {}
+    for length, names in from_names.items():
+        results = made_up_results(names, 60)
+        pixels[length] = {}
+        for name, draw in plots.drawable(results).items():
+            file = tmp_path / f"{length} {name}.png"
+            draw(results).savefig(file, dpi=100, bbox_inches="tight")
+            height, width = matplotlib.image.imread(file).shape[:2]
+            pixels[length][name] = height * width
+        table = results_table(results, width=100)
+        assert Console(width=10_000).measure(table).maximum < 300
+    assert len(pixels["long"]) == 6
+    assert all(pixels["long"][name] < 4 * pixels["short"][name] for name in pixels["long"])
 
 
 @pytest.mark.filterwarnings("error")
