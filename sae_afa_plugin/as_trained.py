@@ -90,15 +90,20 @@ def _agreeing(
     value_of: Callable[[SAESource], Any],
     reason: Callable[[Any, Any], str],
     refused: dict[str, str],
+    usual: Any = None,
 ) -> tuple[list[SAESource], Any]:
-    """The SAEs that have the value that most have (of several the first), or say nothing of it."""
+    """The SAEs that have the value that most have (of several the first), or say nothing of it.
+
+    Who says nothing is counted for what is usual: one file must not decide for all others.
+    """
     values: dict[str, Any] = {}
 
     def cannot_say(source: SAESource) -> None:
         values[source.name] = value_of(source)
 
     sources = left_over(sources, cannot_say, refused)
-    known = [value for value in values.values() if value is not None]
+    known = [usual if value is None else value for value in values.values()]
+    known = [value for value in known if value is not None]
     common = max(known, key=known.count) if known else None
 
     def differs(source: SAESource) -> str | None:
@@ -174,7 +179,11 @@ def as_trained(
             )
 
         left, found[name] = _agreeing(
-            left, lambda source, name=name: seen(source.metadata)[name], reason, refused
+            left,
+            lambda source, name=name: seen(source.metadata)[name],
+            reason,
+            refused,
+            getattr(Protocol().filled(), name),
         )
     for source in left:
         if source.metadata.get("dataset_path") == str(dataset):

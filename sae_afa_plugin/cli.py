@@ -30,6 +30,7 @@ from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import energy_sentence
+from sae_afa_plugin.plan import short
 from sae_afa_plugin.printable import printable, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
@@ -37,8 +38,6 @@ from sae_afa_plugin.tables import results_table
 from sae_afa_plugin.training.comparison import EVALUATION_FOLDER
 from sae_afa_plugin.training.log import LOG_FILENAME
 from sae_afa_plugin.training.runners import LoggedTrainingRunner
-
-_LONGEST_MESSAGE = 600  # characters; some libraries list every name they know
 
 _USERS_MISTAKES = (
     ValueError,
@@ -288,9 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
         return 130
     except _USERS_MISTAKES as error:
-        message = printable(" ".join(str(error).split()))
-        if len(message) > _LONGEST_MESSAGE:
-            message = message[:_LONGEST_MESSAGE] + " ..."
+        message = short(str(error))
         # a progress bar may have left its line open
         print(f"\nsae-afa {args.command}: error: {message}", file=sys.stderr)  # noqa: T201
         return 2

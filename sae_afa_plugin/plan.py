@@ -23,6 +23,8 @@ from sae_afa_plugin.options import flag
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.sources import SAESource
 
+_LONGEST = 600  # characters of a reason
+
 
 def _bytes_of_gib(text: str) -> int:
     try:
@@ -136,15 +138,21 @@ def left_over(
         if reason is None:
             left.append(source)
         else:
-            refused[source.name] = reason
+            refused[source.name] = short(reason)
     if not left:
         raise none_left(refused)
     return left
 
 
+def short(text: str) -> str:
+    """A text in one line that is no longer than people read; files may hold what they like."""
+    line = printable(" ".join(text[: 2 * _LONGEST].split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
 def sentence(error: BaseException) -> str:
     """An error in one line, with its kind where its text alone may say nothing."""
-    text = printable(" ".join(str(error).split()))
+    text = short(str(error))
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
         return f"there is not enough memory for it ({text or type(error).__name__})"
     return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

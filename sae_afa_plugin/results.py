@@ -246,9 +246,10 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     for name in rows:
         if printable(name) != name:  # none is made so
             raise ValueError(f"{name!r} is no name of an SAE")
+    # before pandas looks at them: it takes no bytes that are no UTF-8
+    words = {name: {key: _words(value) for key, value in row.items()} for name, row in rows.items()}
     # NaN for whatever is missing, as it comes back from a file
-    table = pd.DataFrame.from_dict(dict(rows), orient="index")
-    table = table.map(_words)
+    table = pd.DataFrame.from_dict(words, orient="index")
     # a copy is one block: columns can be added without pandas finding it fragmented
     return table.astype(object).where(table.notna(), np.nan).infer_objects().copy()
 

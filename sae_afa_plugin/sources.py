@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args, get_type_hints
 from uuid import uuid4
 from zipfile import BadZipFile
 
@@ -64,6 +65,7 @@ _CONVERTERS = {
     "sae.safetensors": ("sparsify", "sparsify_disk_loader or sparsify_huggingface_loader"),
     "params.npz": ("Gemma Scope", "gemma_2_sae_huggingface_loader"),
 }
+_WIDEST = 1 << 32  # beyond any dictionary: a file may say what it likes
 _IN_FOLDER = f"/{SAE_CFG_FILENAME}"
 
 
@@ -111,8 +113,10 @@ class SAESource(ABC):
         """
         try:
             config = self._read_config()
-            missing = [key for key in _NEEDED if key not in config]
-        except (OSError, KeyError, ValueError, TypeError) as error:
+            missing = [key for key in _NEEDED if config.get(key) is None]
+            if not missing and not isinstance(config["metadata"], Mapping):
+                raise TypeError(f"metadata={config['metadata']!r} is no object")
+        except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
             raise ValueError(
                 f"the config of {self.where!r} ({SAE_CFG_FILENAME}) cannot be used ({kind}{error})"
@@ -151,13 +155,20 @@ class SAESource(ABC):
             return "its metadata has no hook_name: set sae.cfg.metadata.hook_name"
         for name, kind in _KINDS.items():
             for place in (config, self.metadata):
-                value = place.get(name)
-                # True is an int for Python, and no width
-                if value is not None and type(value) is not kind:
-                    return (
-                        f"its config has {name}={value!r}, which is {type(value).__name__} and "
-                        f"must be {kind.__name__}"
-                    )
+                reason = _wrong_kind(name, place.get(name), kind)
+                if reason is not None:
+                    return reason
+        if config["architecture"] in SAE_CLASS_REGISTRY:
+            hints = get_type_hints(SAE_CLASS_REGISTRY[config["architecture"]][1])
+            for name, hint in hints.items():
+                kinds = {*(get_args(hint) or (hint,))} - {type(None)}
+                if len(kinds) == 1 and kinds <= {bool, int, float, str}:
+                    reason = _wrong_kind(name, config.get(name), *kinds)
+                    if reason is not None:
+                        return reason
+        for name in ("d_in", "d_sae", "d_out"):
+            if not 1 <= (config.get(name) or 1) <= _WIDEST:
+                return f"its config has {name}={config[name]}, which is no width"
         return why_not(
             config["architecture"],
             self._normalization_after_loading(),
@@ -167,6 +178,18 @@ class SAESource(ABC):
     def _normalization_after_loading(self) -> str:
         """What ``normalize_activations`` will be once a known scaling has been folded."""
         return self.config["normalize_activations"]
+
+
+def _wrong_kind(name: str, value: Any, kind: type) -> str | None:
+    # True is an int for Python, and no width; JSON writes a float that is whole as an int
+    if value is None or type(value) is kind or (kind is float and type(value) is int):
+        if kind is not float or value is None or math.isfinite(value):
+            return None
+        return f"its config has {name}={value!r}, which must be finite"
+    return (
+        f"its config has {name}={value!r}, which is {type(value).__name__} and must be "
+        f"{kind.__name__}"
+    )
 
 
 # of loaders: safetensors, NumPy's archives, PyTorch's files, and weights that do not fit

@@ -45,6 +45,7 @@ _DECIDES = {
     **dict.fromkeys(("checkpoint_index", "checkpoint_value", "first_n_layers", "n_ctx"), int),
     "default_prepend_bos": bool,
 }
+_LONGEST_CONTEXT = 1 << 15  # a mask of TransformerLens has a byte for each pair of positions: 1 GiB
 # and what was about the machine where the SAE was trained
 _OF_A_MACHINE = (
     "device",
@@ -118,6 +119,11 @@ def why_not_loaded(metadata: Mapping[str, Any], trust_remote_code: bool = False)
             return (
                 f"its metadata ask for the model to be loaded with {key}={value!r}, which is not "
                 "taken from a file: if you want it so, pass the model itself"
+            )
+        elif key == "n_ctx" and type(value) is int and value > _LONGEST_CONTEXT:
+            return (
+                f"its metadata ask for a model with n_ctx={value}, whose attention masks would not "
+                "fit: if you want it so, pass the model itself"
             )
         elif type(value) is not _DECIDES[key]:
             return (

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
+from xxhash import xxh3_128
 
+from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site, different_settings
 from sae_afa_plugin.activations.hooks import wanted_hooks
 from sae_afa_plugin.activations.models import (
@@ -37,17 +40,19 @@ from sae_afa_plugin.activations.models import (
 )
 from sae_afa_plugin.files import (
     PARTIAL,
+    add_tensor,
+    read_object,
+    read_sealed,
     user_given,
     user_path,
-    write_json,
+    write_sealed,
     write_whole,
     writing,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILENAME = "manifest.json"
-_PLACES_FILENAME = "places.parquet"
-_SEQUENCES_FILENAME = "sequences.parquet"
+_PLACES, _SEQUENCES = "places.parquet", "sequences.parquet"
 _SHARD_BYTES = 1 << 28
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -61,6 +66,17 @@ class _Manifest:
     n_tokens: int
     n_special: int
     shard_tokens: int
+    tables: dict[str, str]
+
+    def __post_init__(self) -> None:
+        limits.whole(self, "n_tokens", "shard_tokens", at_least=1)
+        limits.whole(self, "n_special")
+        limits.kind(self, "settings", dict)
+        limits.kind(self, "tables", dict)
+        for hook, about in self.hooks.items():
+            shape, dtype = about["shape"], about["dtype"]
+            if dtype not in (*DTYPES, "float64") or not all(0 < int(n) == n for n in shape):
+                raise ValueError(f"{hook!r} has shape {shape} and dtype {dtype!r}")
 
     @property
     def n_shards(self) -> int:
@@ -76,6 +92,10 @@ class _Manifest:
     def range_of(self, shard: int) -> tuple[int, int]:
         start = shard * self.shard_tokens
         return start, min(start + self.shard_tokens, self.n_tokens)
+
+
+class _Unfinished(ValueError):
+    """That shards are missing."""
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -138,11 +158,8 @@ def record(
     if missing:
         # first, so that whatever is there is known to be of a recording
         if not (folder / MANIFEST_FILENAME).is_file():
-            write_json(folder / MANIFEST_FILENAME, content)
-        for name, table in (
-            (_PLACES_FILENAME, source.places),
-            (_SEQUENCES_FILENAME, source.sequences),
-        ):
+            write_sealed(folder / MANIFEST_FILENAME, content)
+        for name, table in ((_PLACES, source.places), (_SEQUENCES, source.sequences)):
             if not (folder / name).is_file():
                 write_whole(folder / name, table.to_parquet)
     with tqdm(
@@ -156,7 +173,10 @@ def record(
             start, stop = manifest.range_of(number)
             found = source.read(list(manifest.hooks), start, stop)
             tensors = {hook: _stored(hook, acts, dtype) for hook, acts in found.items()}
-            write_whole(_shard(folder, number), lambda path, t=tensors: save_file(t, path))
+            about = {"digest": _digest_of_tensors(tensors)}
+            write_whole(
+                _shard(folder, number), lambda path, t=tensors, a=about: save_file(t, path, a)
+            )
             bar.update(stop - start)
     return RecordedActivations(folder)
 
@@ -179,7 +199,11 @@ def _plan(source: Activations, hooks: list[str], dtype: str | None) -> _Manifest
     if dtype is not None:
         settings = {**settings, "recorded_dtype": dtype}
     about = {hook: {"shape": list(shapes[hook]), "dtype": stored[hook]} for hook in hooks}
-    manifest = _Manifest(settings, about, source.n_tokens, source.n_special, 1)
+    tables = {
+        name: _digest_of_table(table)
+        for name, table in ((_PLACES, source.places), (_SEQUENCES, source.sequences))
+    }
+    manifest = _Manifest(settings, about, source.n_tokens, source.n_special, 1, tables)
     return replace(manifest, shard_tokens=max(1, _SHARD_BYTES // max(1, manifest.bytes_per_token)))
 
 
@@ -211,20 +235,39 @@ def _stored(hook: str, acts: Tensor, dtype: str | None) -> Tensor:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        found = json.loads((folder / MANIFEST_FILENAME).read_text(encoding="utf-8"))
-        if not isinstance(found, dict) or found.get("format") != "sae-afa activations":
+        found = read_object(folder / MANIFEST_FILENAME)
+        if found.get("format") != "sae-afa activations":
             raise ValueError("it is no manifest of sae-afa")
+        if found.get("version") == FORMAT_VERSION:
+            return read_sealed(folder / MANIFEST_FILENAME)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the folder {str(folder)!r} holds no recording of activations "
             f"({MANIFEST_FILENAME}: {error})"
         ) from error
-    if found["version"] != FORMAT_VERSION:
-        raise ValueError(
-            f"the recording in {str(folder)!r} has version {found['version']}, this version of "
-            f"sae-afa-plugin reads {FORMAT_VERSION}: record it again"
-        )
-    return found
+    raise ValueError(
+        f"the recording in {str(folder)!r} has version {found.get('version')}, this version of "
+        f"sae-afa-plugin reads {FORMAT_VERSION}: record it again"
+    )
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxh3_128()  # a shard in hundredths of a second
+    for hook, acts in sorted(tensors.items()):
+        digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}\n".encode())
+        add_tensor(digest, acts)
+    return digest.hexdigest()
+
+
+def _digest_of_table(table: pd.DataFrame) -> str:
+    digest = xxh3_128()
+    for name, column in table.items():
+        digest.update(f"{name}\n".encode())
+        if column.dtype.kind in "iu":
+            digest.update(column.to_numpy(dtype="int64").data)
+        else:
+            digest.update("\0".join(column.astype(str)).encode())
+    return digest.hexdigest()
 
 
 class RecordedActivations(Activations):
@@ -247,20 +290,32 @@ class RecordedActivations(Activations):
             self._manifest = _Manifest(
                 **{name: found[name] for name in _Manifest.__dataclass_fields__}
             )
-            shards = [_shard(self.folder, n) for n in range(self._manifest.n_shards)]
-            self._places = pd.read_parquet(self.folder / _PLACES_FILENAME)
-            self._sequences = pd.read_parquet(self.folder / _SEQUENCES_FILENAME)
-        except (KeyError, TypeError, ValueError, OSError) as error:
+            n_shards = self._manifest.n_shards
+            # by what is there: the manifest may name more than there could ever be
+            shards = [file for file in self.folder.glob("*.safetensors") if file.stem.isdigit()]
+            if missing := max(0, n_shards - sum(int(file.stem) < n_shards for file in shards)):
+                raise _Unfinished(
+                    f"the recording in {str(folder)!r} is not finished, {missing} of {n_shards} "
+                    "shards are missing: run the same sae-afa record again"
+                )
+            rows = pq.read_metadata(self.folder / _PLACES).num_rows
+            if rows != self._manifest.n_tokens:
+                raise ValueError(f"{_PLACES} has {rows} rows")
+            self._places, self._sequences = self._table(_PLACES), self._table(_SEQUENCES)
+            self._whole: set[int] = set()  # shards that are as they were written
+        except _Unfinished:
+            raise
+        except Exception as error:  # of Arrow, by what is damaged
             raise ValueError(
                 f"the recording in {str(folder)!r} is damaged ({type(error).__name__}: {error}): "
                 "record it again"
             ) from error
-        missing = sum(not shard.is_file() for shard in shards)
-        if missing:
-            raise ValueError(
-                f"the recording in {str(folder)!r} is not finished, {missing} of {len(shards)} "
-                "shards are missing: run the same sae-afa record again"
-            )
+
+    def _table(self, name: str) -> pd.DataFrame:
+        table = pd.read_parquet(self.folder / name)
+        if _digest_of_table(table) != self._manifest.tables.get(name):
+            raise ValueError(f"{name} is not as it was written")
+        return table
 
     @property
     @override
@@ -338,6 +393,12 @@ class RecordedActivations(Activations):
         known = self._manifest.hooks
         return {hook: torch.Size(known[hook]["shape"]) for hook in hooks if hook in known}
 
+    def _check_whole(self, number: int, shard: Any) -> None:
+        tensors = {hook: shard.get_tensor(hook) for hook in shard.keys()}  # noqa: SIM118
+        if (shard.metadata() or {}).get("digest") != _digest_of_tensors(tensors):
+            raise ValueError("it is not as it was written: its digest does not fit")
+        self._whole.add(number)
+
     @override
     def read(self, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
         parts: dict[str, list[Tensor]] = {hook: [] for hook in hooks}
@@ -348,9 +409,15 @@ class RecordedActivations(Activations):
             path = _shard(self.folder, number)
             try:
                 with safe_open(path, framework="pt") as shard:
+                    if number not in self._whole:
+                        self._check_whole(number, shard)
                     for hook in parts:
-                        parts[hook].append(shard.get_slice(hook)[within])
-            except (SafetensorError, OSError) as error:
+                        found = shard.get_slice(hook)
+                        wanted = [last - first, *self._manifest.hooks[hook]["shape"]]
+                        if found.get_shape() != wanted:
+                            raise ValueError(f"{hook!r} has shape {found.get_shape()} there")
+                        parts[hook].append(found[within])
+            except (SafetensorError, OSError, ValueError) as error:
                 raise ValueError(
                     f"the shard {path.name} of {str(self.folder)!r} cannot be read ({error}): "
                     "delete it and run the same sae-afa record again"

@@ -118,7 +118,8 @@ class Protocol:
                 "exclude_special_tokens must be True, False or ids of tokens, which are whole "
                 f"numbers: got {ids!r}"
             )
-        if self.separator not in (None, *_SEPARATORS) and type(self.separator) is not int:
+        is_id = type(self.separator) is int and 0 <= self.separator < 1 << 31
+        if self.separator not in (None, *_SEPARATORS) and not is_id:
             raise ValueError(
                 f"separator must be one of {list(_SEPARATORS)} or the id of a token: got "
                 f"{self.separator!r}"

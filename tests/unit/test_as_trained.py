@@ -105,6 +105,7 @@ def test_without_a_word_it_is_as_saelens_does_it(texts):
         ({"seqpos_slice": [0, 8, 0]}, "no slice of positions"),
         ({"seqpos_slice": [8, 0, -1]}, "do not say in a usable way"),
         ({"seqpos_slice": [8, 8]}, "leaves none of the 16 tokens"),
+        ({"sequence_separator_token": 10**12}, "do not say in a usable way"),
         ({"sequence_separator_token": "pad"}, "do not say in a usable way"),
         ({"context_size": -3}, "context_size must be at least 1"),
         ({"context_size": 10**12}, "do not say in a usable way"),
@@ -128,6 +129,15 @@ def test_an_sae_that_says_nothing_fits_all(texts):
     results = evaluate({"a": sae(seqpos_slice=(2, None)), "b": sae()}, texts)
     assert results.metadata["settings"]["positions"] == "2:16"
     assert not results.metadata["refused"]
+
+
+def test_one_does_not_decide_for_many_that_say_nothing(texts):
+    results = evaluate({"odd": sae(seqpos_slice=(2, None)), "a": sae(), "b": sae()}, texts)
+    assert results.metadata["settings"]["positions"] == "all"
+    assert list(results.summary.index) == ["a", "b"]
+    assert (
+        "positions='2:16', most of the SAEs here with 'all'" in results.metadata["refused"]["odd"]
+    )
 
 
 def test_positions_that_need_longer_sequences_get_them(texts, capsys):

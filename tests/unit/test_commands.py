@@ -34,7 +34,9 @@ VALUES = {
     "prepend_bos": st.none() | st.booleans(),
     "positions": st.none() | st.sampled_from(["all", "last", "-1:", "0:9:2", ":1"]),
     "concatenate": st.none() | st.booleans(),
-    "separator": st.none() | st.sampled_from(["bos", "eos", "sep", "none"]) | st.integers(0),
+    "separator": st.none()
+    | st.sampled_from(["bos", "eos", "sep", "none"])
+    | st.integers(0, 2**31 - 1),
     "exclude_special_tokens": st.booleans() | st.lists(st.integers(0)).map(tuple),
     "subset": st.none() | words("abc '-"),
     "shuffle": st.booleans(),

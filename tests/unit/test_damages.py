@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,12 @@ import torch
 from sae_lens import StandardSAE, StandardSAEConfig
 
 from sae_afa_plugin import AFAResults, evaluate_saes
+from sae_afa_plugin.activations.recording import RecordedActivations, record
 from sae_afa_plugin.activations.tensors import TensorActivations
 from sae_afa_plugin.files import read_sealed, write_sealed
 
+# more of them by hand: FOLDERS=500 python -m pytest tests/unit/test_damages.py
+FOLDERS = int(os.environ.get("FOLDERS", "40"))
 SEQUENCES = pd.DataFrame({"sequence": 0, "position": range(30), "token_id": range(30)})
 SEQUENCES["token"] = [f" word{n}" for n in range(30)]
 
@@ -150,6 +155,56 @@ def allowed(folder):
     except (ValueError, OSError) as error:
         if str(folder) not in str(error):
             raise
+
+
+def damaged_somewhere(chance, folder):
+    """Cut a file of a folder, change some of its bytes, or remove it; returns which it was."""
+    file = chance.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+    content = bytearray(file.read_bytes())
+    # often near the beginning or the end, where formats say what they hold
+    at = int(len(content) * chance.random() ** chance.choice((1, 6, 1 / 6)))
+    kind = chance.choice(("cut", "changed", "changed", "removed"))
+    if kind == "removed":
+        file.unlink()
+    elif kind == "cut":
+        file.write_bytes(content[:at])
+    else:
+        for i in range(at, min(len(content), at + chance.choice((1, 4, 50)))):
+            content[i] = chance.randrange(256)
+        file.write_bytes(content)
+    return file.name
+
+
+@pytest.mark.parametrize("seed", range(FOLDERS))
+def test_damage_anywhere_is_said_or_does_no_harm(folders, tmp_path, seed):
+    ours, _, expected = folders
+    chance = random.Random(seed)
+    shutil.copytree(ours, tmp_path / "out")
+    file = damaged_somewhere(chance, tmp_path / "out")
+    read_or_say(lambda: AFAResults.load(tmp_path / "out"), tmp_path / "out", file, expected)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    x = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    places = pd.DataFrame({"sequence": 0, "position": range(60), "token_id": range(60)})
+    source = TensorActivations({"here": x}, places, SEQUENCES)
+    folder = tmp_path_factory.mktemp("recording") / "out"
+    record(source, ["here"], folder)
+    return folder, x, places
+
+
+@pytest.mark.parametrize("seed", range(FOLDERS))
+def test_damage_anywhere_in_a_recording_gives_no_other_activations(recording, tmp_path, seed):
+    ours, x, places = recording
+    shutil.copytree(ours, tmp_path / "out")
+    file = damaged_somewhere(random.Random(seed), tmp_path / "out")
+    with allowed(tmp_path / "out"):
+        source = RecordedActivations(tmp_path / "out")
+        found = source.read(["here"], 0, 60)["here"]
+        assert torch.equal(found, x), file
+        pd.testing.assert_frame_equal(source.places, places, check_dtype=False)
+        pd.testing.assert_frame_equal(source.sequences, SEQUENCES, check_dtype=False)
 
 
 @pytest.mark.parametrize(

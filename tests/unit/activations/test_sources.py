@@ -20,6 +20,7 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.recording import RecordedActivations, record
 from sae_afa_plugin.activations.tensors import TensorActivations, hold
 from sae_afa_plugin.activations.tokens import Protocol
+from sae_afa_plugin.files import write_sealed
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.0.attn.hook_z"]
 TOKENS = torch.randint(1, 50, (9, 12), generator=torch.Generator().manual_seed(1))
@@ -275,11 +276,24 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "manifest.json").unlink(), "holds no recording of activations"),
-        (lambda f: (f / "manifest.json").write_text("[]"), "it is no manifest of sae-afa"),
+        (lambda f: (f / "manifest.json").write_text("[]"), "must be an object of JSON"),
         (lambda f: (f / "manifest.json").write_text("{"), "holds no recording of activations"),
         (lambda f: (f / "places.parquet").write_bytes(b"PAR1"), "is damaged"),
-        (lambda f: edit(f, version=9), "has version 9, this version of sae-afa-plugin reads 1"),
-        (lambda f: edit(f, n_tokens="many"), "is damaged"),
+        (lambda f: edit(f, version=9), "has version 9, this version of sae-afa-plugin reads 2"),
+        (lambda f: edit(f, format="else"), "it is no manifest of sae-afa"),
+        (lambda f: (f / "manifest.json").write_text('{"format": "sae-afa activations"}'), "None"),
+        # by somebody who knows how: sizes are looked at before room is made for them
+        (lambda f: edit(f, n_tokens="many"), "n_tokens must be a whole number: got 'many'"),
+        (lambda f: edit(f, n_tokens=10**15), "is not finished, .* shards are missing"),
+        (lambda f: edit(f, n_tokens=10**15, shard_tokens=10**15), "places.parquet has 50 rows"),
+        (lambda f: edit(f, shard_tokens=0), "shard_tokens must be at least 1"),
+        (
+            lambda f: edit(f, hooks={"wave": {"shape": [10**12], "dtype": "float32"}}),
+            "shape .50, 8",
+        ),
+        (lambda f: edit(f, hooks={"wave": {"shape": [-1], "dtype": "float32"}}), "has shape"),
+        (lambda f: edit(f, hooks={"wave": {"shape": [8], "dtype": "load"}}), "dtype 'load'"),
+        (lambda f: edit(f, hooks={"wave": 3}), "is damaged"),
         (
             lambda f: (f / "00000.safetensors").write_bytes(b"12345678"),
             "shard 00000.safetensors of",
@@ -296,7 +310,8 @@ def test_damage_is_one_sentence(tmp_path, damage, message):
 
 def edit(folder, **fields):
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+    del manifest["digest"]
+    write_sealed(folder / "manifest.json", {**manifest, **fields})
 
 
 def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, monkeypatch):
