@@ -399,6 +399,18 @@ def test_links_of_the_readme_lead_somewhere():
         assert not anchor or anchor in anchors_of(target), link
 
 
+def test_the_tests_that_the_pages_name_are_there():
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    named = {
+        found
+        for page in pages
+        for found in re.findall(r"`(tests/\S+?\.py)::(\w+)`", page.read_text())
+    }
+    assert len(named) > 10
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 def scripts_pages() -> Any:
     spec = importlib.util.spec_from_file_location("pages", ROOT / "scripts" / "docs" / "pages.py")
     assert spec is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,7 @@ from sae_afa_plugin import AFAResults, evaluate_saes
 from sae_afa_plugin.activations.tensors import TensorActivations
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.base import GroupResult
+from sae_afa_plugin.report import write_report
 from sae_afa_plugin.sources import Excluded, sources_of_release
 from sae_afa_plugin.store import Store, digest_of
 
@@ -128,6 +130,25 @@ def test_files_of_somebody_else_are_in_the_way_or_left_alone(tmp_path):
     evaluate({"a": small_sae()}, out=out)
     for name in ("notes.txt", "unfinished/half.txt", "figures/zf.png"):
         assert (out / name).read_text() == "mine"
+
+
+def test_links_are_replaced_and_not_followed(tmp_path):
+    evaluate({"a": small_sae()}, out=tmp_path / "out")
+    names = ("summary.csv", "results.json", "report.html")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+        (tmp_path / "out" / name).unlink(missing_ok=True)
+        (tmp_path / "out" / name).symlink_to(tmp_path / name)
+        for partial in (f".{name}.partial", f".{name}"):  # where it is written first
+            (tmp_path / "out" / partial).symlink_to(tmp_path / name)
+    with suppress(ValueError):  # an index that is no index of these results
+        evaluate({"a": small_sae(), "b": small_sae(1)}, out=tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    results = evaluate({"a": small_sae(), "b": small_sae(1)}, out=tmp_path / "out")
+    write_report(results, tmp_path / "out" / "report.html")
+    for name in names:
+        assert (tmp_path / name).read_text() == "mine"
+        assert not (tmp_path / "out" / name).is_symlink()
 
 
 def test_a_failed_call_leaves_the_results_of_others(tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from safetensors.torch import load_file
 from sae_afa_plugin import TopAFATrainingSAE, TopAFATrainingSAEConfig
 from sae_afa_plugin.activations.base import Site
 from sae_afa_plugin.training.coordinator import train_saes
+from sae_afa_plugin.training.folder import STATE_FILENAME
 from sae_afa_plugin.training.log import read_logs
 from sae_afa_plugin.training.run import Run, SAETraining
 from sae_afa_plugin.training.stream import Blocks, Stream
@@ -629,6 +631,27 @@ def test_resumed_from_every_checkpoint_it_is_the_same(tmp_path, architectures, s
             assert set(checkpoints) == ({f"checkpoint-{4 * times:06d}"} if seconds == 0 else set())
     assert times == 7
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+class Runs:
+    """A pickle that leaves a mark when it is read."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+@pytest.mark.parametrize("file", [STATE_FILENAME, "trainer_state.pt"])
+def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, file):
+    with suppress(Interrupted):
+        train({"a": training()}, tmp_path, Interrupting(1, 512), checkpoint_seconds=0)
+    (place,) = tmp_path.glob(f"a/checkpoint-*/{file}")
+    torch.save({"random": Runs(tmp_path / "ran")}, place)
+    found = train({"a": training()}, tmp_path, SparseMixtures(512))
+    assert not (tmp_path / "ran").exists()
+    assert "eights only load failed" in str(found["a"].reason)
 
 
 KILLED = """
