@@ -142,7 +142,7 @@ class SAESource(ABC):
     def facts(self) -> dict[str, Any]:
         """What else is known of it, for the summary: how it was trained, for one."""
         trained_as = self.metadata.get("training_architecture")
-        return {} if trained_as is None else {"trained_as": trained_as}
+        return {"trained_as": trained_as} if isinstance(trained_as, str) else {}
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ from sae_afa_plugin.activations.tensors import hold
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup
-from sae_afa_plugin.plan import Evaluation, sentence
+from sae_afa_plugin.plan import Evaluation, sentence, short
 from sae_afa_plugin.sources import SAESource, shown_origin
 from sae_afa_plugin.spaces import LinearCode, linear_code, why_not
 from sae_afa_plugin.store import Store, StoredResult, versions
@@ -152,7 +152,7 @@ class Work:
             if reason is None:
                 fitting.append((source, site))
             else:
-                refused[source.name] = reason
+                refused[source.name] = short(reason)
         return fitting
 
 

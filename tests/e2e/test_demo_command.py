@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
         patch.setitem(DEMOS, "embedded", shortened(DEMOS["embedded"]))
         patch.setenv("COLUMNS", "300")
         printed = []
-        patch.setattr(cli.Console, "print", lambda self, *things: printed.extend(things))
+        patch.setattr(cli.Console, "print", lambda self, *things, **how: printed.extend(things))
         assert cli.main(["demo", "--out", str(out)]) == 0
     table = next(thing for thing in printed if hasattr(thing, "columns"))
     return out, table

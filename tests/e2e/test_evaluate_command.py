@@ -1078,7 +1078,7 @@ def test_an_sae_that_cannot_be_evaluated(tmp_path: Path, run: Run, kind: str) ->
 
 
 @pytest.mark.parametrize(
-    "kind", ["another width", "weights cut off", "config cut off", "no weights", "no folder"]
+    "kind", ["another width", "weights cut off", "config cut off", "no weights", "an empty folder"]
 )
 def test_one_of_several_that_cannot_be_evaluated_is_status_1(
     saes: Path, tmp_path: Path, run: Run, kind: str
@@ -1118,17 +1118,20 @@ def test_folders_of_one_name_are_told_apart(tmp_path: Path, run: Run) -> None:
     assert list(AFAResults.load(tmp_path / "out").summary.index) == list(map(str, paths))
 
 
-def test_saes_of_two_models_are_refused_unless_the_model_is_passed(
+def test_an_sae_of_another_model_is_refused_unless_the_model_is_passed(
     saes: Path, tmp_path: Path, run: Run
 ) -> None:
     save_sae(tmp_path / "other", HOOK, model_name="gpt2-small")
     paths = ["--path", saes / "a", "--path", tmp_path / "other"]
     rest = ["--dataset", "embedded", "--tokens", 100, "--out", tmp_path / "out"]
-    message = run(*paths, *rest).error()
-    assert "'a' belongs to sae-afa-demo, but 'other' to gpt2-small" in message
-    assert "or pass the model" in message
+    ran = run(*paths, *rest)
+    assert ran.status == 1, ran.err
+    said = " ".join(ran.out.split())
+    assert "other was not evaluated: it belongs to gpt2-small, most of the SAEs here to" in said
+    assert "or pass the model" in said
     ran = run(*paths, "--model", "sae-afa-demo", *rest)  # as it says
     assert ran.status == 0, ran.err
+    assert list(AFAResults.load(tmp_path / "out").summary.index) == ["a", "other"]
 
 
 def test_an_sae_that_names_no_model_is_refused_unless_the_model_is_passed(
