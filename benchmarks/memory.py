@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from measuring import machine, write
 
-SIZES = ((2, 100_000), (2, 400_000), (8, 100_000), (8, 400_000))
+SIZES = ((8, 100_000), (8, 400_000), (16, 100_000), (16, 400_000))
 
 
 def anonymous() -> int:

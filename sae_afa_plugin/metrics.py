@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 QUANTILES = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
-_ROWS_AT_ONCE = 2048  # of the Gram matrix: 200 MB in float32 for 24,576 columns
+_ROWS_AT_ONCE = 2048  # a block of the Gram matrix has as many columns: 16 MiB in float32
 
 
 def norm_along_last(x: Tensor) -> Tensor:
@@ -232,7 +232,10 @@ class DictionaryCoherence(NamedTuple):
 
 @torch.no_grad()
 def dictionary_coherence(W_dec: Tensor) -> DictionaryCoherence:
-    """The coherence of a decoder, in blocks: memory grows with d_sae, not with its square.
+    """The coherence of a decoder, in square blocks.
+
+    Beside the decoder it takes 32 MiB and four times 2,048 of its rows in float32, however many
+    features there are.
 
     Args:
         W_dec: Decoder directions ``[d_sae, d]``, of any norm. Rows of zeros have no direction
@@ -245,29 +248,45 @@ def dictionary_coherence(W_dec: Tensor) -> DictionaryCoherence:
         >>> dictionary_coherence(torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 4.0]]))
         DictionaryCoherence(max_abs_cos=0.8..., mean_abs_cos=0.46..., welch_bound=0.5)
     """
-    unit = W_dec.detach().to(torch.promote_types(W_dec.dtype, torch.float32))
-    norms = norm_along_last(unit)
-    unit = unit / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
-    if not norms.all():
-        unit = unit[norms > 0]
-    h, d = unit.shape
+    # added up where the decoder is: a device that is asked for every block would wait for it
+    total = torch.zeros((), dtype=torch.float64, device=W_dec.device)
+    largest, h = torch.zeros((), dtype=_precision(W_dec), device=W_dec.device), 0
+    starts = range(0, len(W_dec), _ROWS_AT_ONCE)
+    # taken once: from room that comes and goes, small tensors that stay make a heap full of holes
+    room = largest.new_empty(2 * [min(_ROWS_AT_ONCE, len(W_dec))])
+    for start in starts:
+        rows, n = _unit_rows(W_dec[start : start + _ROWS_AT_ONCE])
+        h = h + n
+        for other in starts[start // _ROWS_AT_ONCE :]:  # each pair once
+            same = other == start
+            columns = rows if same else _unit_rows(W_dec[other : other + _ROWS_AT_ONCE])[0]
+            cosines = room[: len(rows), : len(columns)]
+            torch.mm(rows, columns.T, out=cosines).abs_()
+            if same:
+                cosines.fill_diagonal_(0.0)
+            # float64 across rows is enough, and twelve times as fast as inside them
+            total += cosines.sum(1).double().sum() / (2 if same else 1)
+            largest = torch.maximum(largest, cosines.max())  # keeps NaN
+    h, d = int(h), W_dec.shape[1]
     if h < 2:
         raise ValueError(f"coherence needs two directions or more: W_dec has {h} that are not zero")
-    largest, total = 0.0, 0.0
-    for start in range(0, h, _ROWS_AT_ONCE):
-        rows = unit[start : start + _ROWS_AT_ONCE]
-        # each pair once: this block with itself, and with everything after it
-        within = (rows @ rows.T).abs_().fill_diagonal_(0.0)
-        after = (rows @ unit[start + len(rows) :].T).abs_()
-        # float64 across rows is enough, and twelve times as fast as inside them
-        total += within.sum(1).double().sum().item() / 2
-        total += after.sum(1).double().sum().item()
-        for part in (within, after):
-            if part.numel():
-                largest = float(np.maximum(largest, part.max().item()))  # keeps NaN, max does not
     welch = ((h - d) / (d * (h - 1))) ** 0.5 if h > d else 0.0
     # rounding alone may leave two equal directions just above 1
-    return DictionaryCoherence(float(np.minimum(largest, 1.0)), total / (h * (h - 1) / 2), welch)
+    most = float(np.minimum(largest.item(), 1.0))
+    return DictionaryCoherence(most, total.item() / (h * (h - 1) / 2), welch)
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of norm 1 in float32 at least, where they have a direction, and how many have one."""
+    rows = rows.detach().to(_precision(rows))
+    norms = norm_along_last(rows)
+    unit = rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+    directed = norms != 0
+    return torch.where(directed[:, None], unit, 0.0), directed.sum()
 
 
 # --- many tokens ---
@@ -297,33 +316,38 @@ def summarize(tokens: pd.DataFrame) -> dict[str, float]:
         >>> summary["nmse_mean"], summary["nmse_median"], round(summary["over_activated"], 2)
         (3.0, 2.0, 0.33)
     """
-    columns = {
-        name: tokens[name].to_numpy(dtype=np.float64)
-        for name in AFATokenMetrics._fields
-        if name != "over_activated"
-    }
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = columns["norm_f"] / columns["norm_z"]
-    columns["norm_ratio"] = np.where(columns["norm_z"] > 0, ratio, np.nan)
+
+    def column(name: str) -> np.ndarray:
+        if name != "norm_ratio":
+            return tokens[name].to_numpy(dtype=np.float64)
+        norm_z = column("norm_z")
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(norm_z > 0, column("norm_f") / norm_z, np.nan)
+
     summary: dict[str, float] = {
         "over_activated": _share(tokens["over_activated"].to_numpy(dtype=bool)),
-        "over_activated_centered": _share(columns["norm_f_centered"] > columns["norm_z_centered"]),
+        "over_activated_centered": _share(column("norm_f_centered") > column("norm_z_centered")),
     }
-    for name, values in columns.items():
-        values = np.sort(values[~np.isnan(values)])
+    for name in (*(field for field in _FIELDS if field != "over_activated"), "norm_ratio"):
+        values = column(name)  # one at a time: all of them in float64 are 128 bytes for a token
+        values = values[~np.isnan(values)]
         # sorted first, so that the sum does not depend on the order of the tokens
+        values.sort()
         summary[f"{name}_mean"] = float(values.mean()) if len(values) else float("nan")
         cuts = np.quantile(values, list(QUANTILES.values())) if len(values) else [np.nan] * 5
         summary.update({f"{name}_{q}": float(c) for q, c in zip(QUANTILES, cuts, strict=True)})
         if name in ("interference", "epsilon_lbo", "norm_ratio"):
             summary[f"{name}_undefined"] = len(tokens) - len(values)
-    norm_z_hat = columns["l2_ratio"] * columns["norm_z"]
-    squared, along = (
-        float(np.nansum(np.sort(values)))
-        for values in (norm_z_hat**2, columns["cosine"] * norm_z_hat * columns["norm_z"])
-    )
+    norm_z_hat = column("l2_ratio") * column("norm_z")
+    along = _sum(column("cosine") * norm_z_hat * column("norm_z"))
+    squared = _sum(norm_z_hat**2)
     summary["relative_reconstruction_bias"] = squared / along if along else float("nan")
     return summary
+
+
+def _sum(values: np.ndarray) -> float:
+    """Of what is not NaN, whatever the order it comes in."""
+    return float(np.nansum(np.sort(values)))
 
 
 def _share(values: np.ndarray) -> float:
@@ -336,6 +360,9 @@ class TokenColumns:
     Exact and simple rather than sketched: 61 bytes a token, so a million tokens of one SAE are
     61 MB.
 
+    Args:
+        room: For how many tokens to take room at once; where more come, it is doubled.
+
     Example:
         >>> columns = TokenColumns()
         >>> f = torch.tensor([[1.0, 2.0]])
@@ -344,11 +371,11 @@ class TokenColumns:
         2.0
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = _LEAST_ROOM) -> None:
         # Room is taken rarely and for many tokens. Small tensors that stay, between large ones that
         # go, would leave a heap full of holes: 7 kB for a token instead of 61 bytes.
         self._room: AFATokenMetrics | None = None
-        self._length = 0
+        self._length, self._wanted = 0, room
 
     def __len__(self) -> int:
         return self._length
@@ -365,7 +392,7 @@ class TokenColumns:
         self._length = end
 
     def _grow(self, like: AFATokenMetrics, needed: int) -> None:
-        size = max(_LEAST_ROOM, needed, 2 * self._length)
+        size = max(self._wanted, needed, 2 * self._length)
         room = AFATokenMetrics(*(c.new_empty(size, device=c.device) for c in like))
         if self._room is not None:
             for new, old in zip(room, self._room, strict=True):
@@ -381,8 +408,10 @@ class TokenColumns:
         """One row for each token, in the order they came."""
         if self._room is None:
             return pd.DataFrame({name: np.empty(0) for name in _FIELDS})
-        columns = (column[: self._length].cpu().numpy().copy() for column in self._room)
-        return pd.DataFrame(dict(zip(_FIELDS, columns, strict=True)))
+        full = len(self._room.l0) == self._length  # else what is shown would hold the rest as well
+        found = (column if full else column[: self._length].clone() for column in self._room)
+        columns = {name: c.cpu().numpy() for name, c in zip(_FIELDS, found, strict=True)}
+        return pd.DataFrame(columns, copy=False)
 
 
 def is_finite(tokens: pd.DataFrame) -> np.ndarray:

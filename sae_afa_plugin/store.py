@@ -60,6 +60,7 @@ _KINDS = {  # of what is in a result's file
     **dict.fromkeys(("facts", "summary", "digests", "settings", "versions"), dict),
     "finished": float,
 }
+_ROWS_AT_ONCE = 1 << 16  # of a table that is written
 TOKEN = "token_number"  # in the source; tables of several groups are joined by it
 _SETTLED = 2_000_000_000  # nanoseconds; clocks of file systems are coarse
 _OF_VERSION_0_1 = ("tokens.parquet", "unfinished/settings.json")
@@ -433,16 +434,16 @@ def _write_table(table: pd.DataFrame, path: Path) -> None:
         compression="zstd",
         use_dictionary=[str(c) for c in table if str(c) not in floats],
         use_byte_stream_split=floats,
+        row_group_size=_ROWS_AT_ONCE,
     )
 
 
 def _placed(table: pd.DataFrame, places: pd.DataFrame | None) -> pd.DataFrame:
     """Rows with their number in the source and their place in the text."""
-    if places is not None:
-        table = places.loc[table.index].join(table)
-    table = table.copy()
-    table.insert(0, TOKEN, table.index.to_numpy(dtype="int32"))
-    return table
+    columns = {TOKEN: table.index.to_numpy(dtype="int32")}
+    for part in (() if places is None else (places.loc[table.index],)) + (table,):
+        columns.update({str(name): part[name].to_numpy() for name in part})
+    return pd.DataFrame(columns, table.index, copy=False)
 
 
 def _held(lock: Path) -> bool:

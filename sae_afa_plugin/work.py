@@ -15,14 +15,12 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.tensors import hold
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.afa import AFA
-from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup
+from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup, tokens_at_once
 from sae_afa_plugin.plan import Evaluation, sentence, short
 from sae_afa_plugin.sources import SAESource, shown_origin
 from sae_afa_plugin.spaces import LinearCode, linear_code, why_not
 from sae_afa_plugin.store import Store, StoredResult, versions
 
-# Blocks depend on the dictionary alone, so that no setting of memory can move a number.
-_BLOCK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one [tokens, d_sae] matrix
 _MOST_AT_ONCE = {"cpu": 1024, "cuda": 16_384}  # larger blocks leave the caches of a CPU
 
 
@@ -224,8 +222,9 @@ class _One:
     def _read(self, code: LinearCode, accumulators: Sequence[Accumulator]) -> None:
         if not accumulators:
             return
-        kind = "cpu" if code.W_dec.device.type == "cpu" else "cuda"
-        size = max(1, min(_MOST_AT_ONCE[kind], _BLOCK_ELEMENTS[kind] // len(code.W_dec)))
+        device = code.W_dec.device
+        most = _MOST_AT_ONCE["cpu" if device.type == "cpu" else "cuda"]
+        size = min(most, tokens_at_once(device, len(code.W_dec)))
         with tqdm(
             total=self.activations.n_tokens,
             desc=self.source.name,
@@ -233,7 +232,7 @@ class _One:
             leave=False,
             disable=not self.work.how.progress,
         ) as bar:
-            for batch in self.activations.batches(self.site, code.W_dec.device, size):
+            for batch in self.activations.batches(self.site, device, size):
                 if batch.rows.start == 0:
                     code.check(batch.x[:8], f"architecture {self.source.config['architecture']!r}")
                 tokens = code.read(batch.x, batch.x_out, batch.rows)

@@ -270,7 +270,7 @@ def sample_tokens(
     not_chosen[protocol.chosen] = False
     dataset = user_given(dataset)
     special = _special_tokens(model, protocol.exclude_special_tokens)
-    vocabulary = _vocabulary(model)
+    vocabulary = vocabulary_of(model)
     kept: list[Tensor] = []
     masks: list[Tensor] = []
     n_kept = n_special = 0
@@ -316,7 +316,7 @@ def _special_tokens(model: Any, exclude: bool | tuple[int, ...]) -> Tensor:
     return torch.tensor(get_special_token_ids(model.tokenizer), dtype=torch.long)
 
 
-def _vocabulary(model: Any) -> int | None:
+def vocabulary_of(model: Any) -> int | None:
     """How many tokens a model knows, if it says so."""
     for cfg in (
         getattr(model, "cfg", None),

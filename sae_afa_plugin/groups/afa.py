@@ -23,8 +23,8 @@ def _short(value: float) -> str:
 
 
 class _Tokens(Accumulator):
-    def __init__(self) -> None:
-        self._columns = TokenColumns()
+    def __init__(self, n_tokens: int) -> None:
+        self._columns = TokenColumns(n_tokens)
         self._ranges: list[range] = []  # which tokens, in the order they came
 
     @override
@@ -50,7 +50,7 @@ class _Tokens(Accumulator):
             raise ValueError(
                 "none of its tokens has finite norms: its weights or inputs are not finite"
             )
-        tokens = table.loc[finite]
+        tokens = table if finite.all() else table.loc[finite]
         summary = {"tokens": int(finite.sum()), "nonfinite_tokens": int((~finite).sum())}
         return GroupResult({**summary, **summarize(tokens)}, tokens)
 
@@ -171,7 +171,7 @@ class AFA(MetricGroup):
     def start(self, code: LinearCode, activations: Activations) -> Accumulator:
         if len(code.W_dec) < 2:
             raise ValueError("the AFA metric needs a dictionary of two features or more")
-        return _Tokens()
+        return _Tokens(activations.n_tokens)
 
 
 def energy_sentence(summary: Mapping[str, Any]) -> str:

@@ -14,9 +14,27 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import pandas as pd
+import torch
 
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.spaces import EncodedTokens, LinearCode
+
+# Blocks depend on widths and the device alone, so that no setting of memory can move a number.
+_BLOCK_ELEMENTS = {"cpu": 1 << 25, "cuda": 1 << 28}  # of one matrix: 128 MiB, 1 GiB in float32
+
+
+def tokens_at_once(device: torch.device, width: int) -> int:
+    """How many tokens a matrix of a block has at most, 1 or more.
+
+    Args:
+        device: Where.
+        width: Of the widest matrix ``[tokens, width]``: d_sae, say.
+
+    Example:
+        >>> tokens_at_once(torch.device("cpu"), 65_536)
+        512
+    """
+    return max(1, _BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "cuda"] // width)
 
 
 class Column(NamedTuple):

@@ -17,7 +17,14 @@ from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import ActivationScaler
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.hooks import device_of, known_state
-from sae_afa_plugin.groups.base import Accumulator, Column, GroupResult, MetricGroup
+from sae_afa_plugin.activations.tokens import vocabulary_of
+from sae_afa_plugin.groups.base import (
+    Accumulator,
+    Column,
+    GroupResult,
+    MetricGroup,
+    tokens_at_once,
+)
 from sae_afa_plugin.spaces import EncodedTokens, LinearCode, SAELensCode
 
 
@@ -40,13 +47,17 @@ class _Passes(Accumulator):
         table = self._activations.sequences
         size = int(table["position"].max()) + 1
         tokens = torch.tensor(table["token_id"].to_numpy(), dtype=torch.long).view(-1, size)
-        prompts = min(group.batch_size_prompts, len(tokens))
+        # of a matrix of a pass: logits over the vocabulary, features
+        widest = max(self._sae.cfg.d_sae, vocabulary_of(model) or 1)
+        fitting = tokens_at_once(device_of(model), widest) // size
+        prompts = max(1, min(group.batch_size_prompts, len(tokens), fitting))
         wanted = math.ceil(group.n_tokens / (prompts * size))
         batches = max(1, min(wanted, len(tokens) // prompts))
         metadata = self._sae.cfg.metadata
+        used = tokens[: 2 * prompts * batches]  # by losses, then by the other metrics
         store = ActivationsStore.from_config_multi_hook(
             model=model,
-            dataset=Dataset.from_dict({"tokens": tokens.tolist()}).to_iterable_dataset(),
+            dataset=Dataset.from_dict({"tokens": used.tolist()}).to_iterable_dataset(),
             hook_names=[str(metadata.hook_name)],
             hook_d_ins={str(metadata.hook_name): self._sae.cfg.d_in},
             context_size=size,
@@ -82,7 +93,8 @@ class Core(MetricGroup):
 
     Args:
         n_tokens: About how many tokens to use.
-        batch_size_prompts: Sequences in one forward pass.
+        batch_size_prompts: Sequences in one forward pass; fewer where its logits or features would
+            be larger than :func:`sae_afa_plugin.groups.base.tokens_at_once` says.
     """
 
     n_tokens: int = 8192
@@ -92,6 +104,7 @@ class Core(MetricGroup):
         limits.whole(self, "n_tokens", "batch_size_prompts", at_least=1)
 
     name: ClassVar[str] = "core"
+    version: ClassVar[int] = 2
     reads_tokens: ClassVar[bool] = False
     needs_model: ClassVar[bool] = True
     columns: ClassVar[tuple[Column, ...]] = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,9 @@ from sae_lens.load_model import HookedProxyLM
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sae_afa_plugin import AFAResults, TopAFASAE, TopAFASAEConfig, evaluate_saes
-from sae_afa_plugin.activations.embedded import _tokenizer
+from sae_afa_plugin.activations.embedded import _tokenizer, load_embedded_model
 from sae_afa_plugin.activations.hooks import hook_in, wanted_hooks
+from sae_afa_plugin.groups import base
 from sae_afa_plugin.metrics import summarize
 from sae_afa_plugin.sources import sources_of_release
 
@@ -629,3 +631,25 @@ def test_a_top_afa_sae_is_neither_over_nor_under_activated():
     assert row["welch_bound"] < row["max_abs_cos"]
     assert row["core_ce_loss_score"] < 1
     assert row["core_l0"] == pytest.approx(row["l0_mean"], rel=0.2)
+
+
+def test_logits_are_no_larger_than_a_block_whatever_the_batch_size(monkeypatch):
+    """Fewer sequences in a pass of the model, and the same sequences."""
+    torch.manual_seed(0)
+    sae = StandardSAE(StandardSAEConfig(d_in=192, d_sae=300))
+    sae.cfg.metadata.hook_name = "blocks.4.hook_resid_pre"
+    model, passes, found = load_embedded_model(), [], []
+    model.unembed.register_forward_hook(lambda module, args, logits: passes.append(logits.shape))
+    for elements in (1 << 25, 130 * 1024):
+        monkeypatch.setitem(base._BLOCK_ELEMENTS, "cpu", elements)
+        passes.clear()
+        results = evaluate_saes(
+            {"a": sae}, model, "embedded", n_tokens=1500, core=True, core_tokens=512,
+            batch_size_prompts=4, progress=False, coherence=False,
+        )  # fmt: skip
+        found.append(results.summary.loc["a"].filter(like="core_").astype(float))
+        assert max(math.prod(shape) for shape in passes) == (4 if elements == 1 << 25 else 1) * (
+            128 * 1024
+        )
+    of_batches = "core_explained_variance_legacy"  # a mean over batches of a ratio
+    pd.testing.assert_series_equal(*(each.drop(of_batches) for each in found), rtol=1e-5)
