@@ -51,6 +51,7 @@ SCHEMA_VERSION = 3
 MARKER_FILENAME = "sae-afa.json"
 SEQUENCES_FILENAME = "sequences.parquet"
 _RESULTS, _CLAIMS = "results", ".claims"
+_OF_FOLDER = "folder"  # the lock of whoever makes it
 _RESULT_FILENAME = "result.json"
 _FORMAT = "sae-afa results"
 _TABLES = ("tokens", "features")
@@ -152,13 +153,21 @@ class Store:
             )
         if settings is None:
             raise ValueError(f"it has no {MARKER_FILENAME}")
-        for name in ("results.json", "summary.csv", SEQUENCES_FILENAME, _RESULTS, _CLAIMS):
+        names = ["results.json", "summary.csv", _RESULTS]
+        if not self._begun():
+            names += [SEQUENCES_FILENAME, _CLAIMS]
+        for name in names:
             if (self.folder / name).exists():
                 raise ValueError(
                     f"{str(self.folder / name)!r} was not written by sae-afa and would be in the "
                     "way: use another folder"
                 )
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
+
+    def _begun(self) -> bool:
+        """Whether a process is about to make the folder, or was when it was killed."""
+        locks = [lock.name for lock in (self.folder / _CLAIMS).glob("*")]
+        return f"{_OF_FOLDER}.lock" in locks and all(lock.endswith(".lock") for lock in locks)
 
     def _read_marker(self, marker: Path) -> dict[str, Any]:
         try:
@@ -218,7 +227,7 @@ class Store:
         Raises:
             ValueError: If the folder has others.
         """
-        with self._lock("folder"):
+        with self._lock(_OF_FOLDER):
             if not (self.folder / MARKER_FILENAME).is_file():
                 write_whole(self.folder / SEQUENCES_FILENAME, sequences.to_parquet)
                 self._sequences_digest = digest_of(self.folder / SEQUENCES_FILENAME)

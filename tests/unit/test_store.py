@@ -132,6 +132,21 @@ def test_files_of_somebody_else_are_in_the_way_or_left_alone(tmp_path):
         assert (out / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("left", [[], ["sequences.parquet"], [".sequences.parquet.partial/x"]])
+def test_a_kill_while_the_folder_is_made_is_continued(tmp_path, left):
+    out = tmp_path / "out"
+    for name in (".claims/folder.lock", *left):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(b"")
+    results = evaluate({"a": small_sae()}, out=out)
+    assert len(AFAResults.load(out).sequences) == len(results.sequences)
+    # and what is there of somebody else is still left alone
+    (tmp_path / "other" / ".claims").mkdir(parents=True)
+    (tmp_path / "other" / ".claims" / "deed.pdf").write_bytes(b"")
+    with pytest.raises(ValueError, match="was not written by sae-afa"):
+        evaluate({"a": small_sae()}, out=tmp_path / "other")
+
+
 def test_links_are_replaced_and_not_followed(tmp_path):
     evaluate({"a": small_sae()}, out=tmp_path / "out")
     names = ("summary.csv", "results.json", "report.html")
