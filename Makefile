@@ -8,6 +8,8 @@
 #   make notebooks     execute them and store their outputs in them
 #   make bench   the comparison on SmolLM2 that docs/results.md shows (about half an hour)
 #   make gpu     all that can be measured on a CUDA card only (about six minutes)
+#   make fuzz    2,000 wrong configs, 500 damaged folders of each kind, 500 hostile names, a
+#                million rows for each backend (about half an hour)
 #   make fast    the part of the tests that CI repeats on the lowest and the newest versions
 # Another set of versions: make VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt fast
 #                          make VENV=.venv-newest CONSTRAINTS=/dev/null fast
@@ -24,7 +26,7 @@ unexport PYTHONDONTWRITEBYTECODE
 DEMO = $(VENV)/.demo
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install demo test fast tutorials notebooks lint types format docs performance gpu bench
+.PHONY: install demo test fuzz fast tutorials notebooks lint types format docs performance gpu bench
 install: $(INSTALLED)
 
 # torch by itself first: which build it is, CPU or CUDA, is decided by what this line finds
@@ -45,6 +47,11 @@ demo: $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+fuzz: $(INSTALLED)
+	CONFIGS=2000 FOLDERS=500 NAMES=500 ROWS=14000 $(BIN)/python -m pytest \
+	  tests/unit/test_wrong_files.py tests/unit/test_damages.py tests/unit/test_printable.py \
+	  tests/unit/rules/test_operator.py
 
 fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs

@@ -130,7 +130,7 @@ def evaluate_commands(results: AFAResults) -> list[list[str]]:
         results: With ``options`` in their metadata.
     """
     sources = [str(row.get("source", "in memory")) for _, row in results.summary.iterrows()]
-    of_releases = [source.split("\t") for source in sources if "\t" in source]
+    of_releases = [source.split("\t", 1) for source in sources if "\t" in source]
     # one release for each command: the next goes on in the same folder
     wanted = {release: [release] for release, _ in of_releases} or {"": []}
     for release, sae_id in of_releases:

@@ -335,7 +335,7 @@ def test_the_energy_budget_is_stacked_up_to_one():
         plots.energy_plot(results)
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning", "ignore::DeprecationWarning")
 def test_no_figure_or_table_grows_with_a_name(tmp_path):
     from_names = {"short": ["one", "two", "three"], "long": [letter * 3000 for letter in "abc"]}
     pixels: dict[str, dict[str, int]] = {}

@@ -299,6 +299,7 @@ def test_the_command_of_a_release_evaluates_the_same_again():
         "prepend_bos": False,
         "positions": "last",
         "concatenate": False,
+        "separator": None,
         "exclude_special_tokens": (3, 50256),
         "subset": "Github",
         "shuffle": True,
