@@ -163,15 +163,18 @@ def legend(ax: Axes, names: Sequence[str], colour: Mapping[str, str]) -> None:
     """Beside the axes, so that it covers no data; on two columns where it would be too long."""
     if len(names) > 1:
         handles = [Line2D([], [], color=colour[n], marker="o", ls="", ms=5) for n in names]
-        ax.legend(
+        # numbers first: matplotlib leaves out labels that begin with an underscore
+        shown = ax.legend(
             handles,
-            [literal(name) for name in names],
+            [str(number) for number in range(len(names))],
             loc="upper left",
             bbox_to_anchor=(1.02, 1.0),
             fontsize="small",
             ncols=1 + (len(names) > 20),
             handletextpad=0.2,
         )
+        for text, name in zip(shown.get_texts(), names, strict=True):
+            text.set_text(literal(name))
 
 
 def violins(

@@ -11,6 +11,7 @@ import pytest
 from helpers.results import made_up_results
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from rich.console import Console
 
 from sae_afa_plugin import plots
@@ -471,3 +472,13 @@ def test_one_sae_alone_and_every_figure_in_both_formats(tmp_path):
         start = path.read_bytes()[:5]
         assert start == (b"%PDF-" if path.suffix == ".pdf" else b"\x89PNG\r")
     assert sum(path.stat().st_size for path in written) < 2_000_000
+
+
+@pytest.mark.filterwarnings("error:An artist whose label")
+def test_names_that_begin_with_an_underscore_are_in_the_legend():
+    names = ["_first", "__", "third"]
+    results = made_up_results(names, 60)
+    for picture in ("zf", "l0"):
+        figure = plots.drawable(results)[picture](results)
+        shown = [text.get_text() for one in figure.findobj(Legend) for text in one.get_texts()]
+        assert set(names) <= set(shown), picture
