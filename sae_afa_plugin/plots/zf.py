@@ -142,6 +142,7 @@ def _band_legend(ax: Axes) -> None:
     ax.legend(handles, labels, loc="lower left", bbox_to_anchor=(1.02, 0.0), fontsize="small")
     if names is not None:
         ax.add_artist(names)
+        names.set_clip_on(False)  # or the figure has no room for what is beside the axes
 
 
 def _density(

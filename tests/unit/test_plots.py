@@ -482,3 +482,12 @@ def test_names_that_begin_with_an_underscore_are_in_the_legend():
         figure = plots.drawable(results)[picture](results)
         shown = [text.get_text() for one in figure.findobj(Legend) for text in one.get_texts()]
         assert set(names) <= set(shown), picture
+
+
+def test_the_figure_has_room_for_the_names_beside_it():
+    results = made_up_results(["first", "the id of an SAE that is as long as many are, 48"], 60)
+    for picture in ("zf", "l0"):
+        figure = plots.drawable(results)[picture](results)
+        figure.draw_without_rendering()
+        for one in figure.findobj(Legend):
+            assert one.get_window_extent().x1 <= figure.bbox.x1 + 1, picture
