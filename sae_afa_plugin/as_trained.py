@@ -85,9 +85,21 @@ def _positions(seqpos_slice: Any, context_size: int | None) -> str | None:
     return f"{start}:{stop}" if step in ("", 1) else f"{start}:{stop}:{step}"
 
 
+def _read(
+    sources: Sequence[SAESource], value_of: Callable[[SAESource], Any], refused: dict[str, str]
+) -> tuple[list[SAESource], dict[str, Any]]:
+    """The SAEs whose metadata can be understood, and what is in them, by name."""
+    values: dict[str, Any] = {}
+
+    def cannot_say(source: SAESource) -> None:
+        values[source.name] = value_of(source)
+
+    return left_over(sources, cannot_say, refused), values
+
+
 def _agreeing(
     sources: Sequence[SAESource],
-    value_of: Callable[[SAESource], Any],
+    values: Mapping[str, Any],
     reason: Callable[[Any, Any], str],
     refused: dict[str, str],
     usual: Any = None,
@@ -96,13 +108,8 @@ def _agreeing(
 
     Who says nothing is counted for what is usual: one file must not decide for all others.
     """
-    values: dict[str, Any] = {}
-
-    def cannot_say(source: SAESource) -> None:
-        values[source.name] = value_of(source)
-
-    sources = left_over(sources, cannot_say, refused)
-    known = [usual if value is None else value for value in values.values()]
+    known = [values[source.name] for source in sources]
+    known = [usual if value is None else value for value in known]
     known = [value for value in known if value is not None]
     common = max(known, key=known.count) if known else None
 
@@ -137,7 +144,7 @@ def of_one_model(
             "itself, or pass the model"
         )
 
-    return _agreeing(sources, wanted, reason, refused)[0]
+    return _agreeing(*_read(sources, wanted, refused), reason, refused)[0]
 
 
 def as_trained(
@@ -167,10 +174,12 @@ def as_trained(
         ValueError: If none is left.
     """
     dataset, which = with_default_text(dataset, which, given)
-    left, found = list(sources), dict[str, Any]()
-    for name, flags in DECIDED.items():
-        if getattr(which, name) is not None:
-            continue
+    left, found, usual = list(sources), dict[str, Any](), Protocol().filled()
+    undecided = {name: flags for name, flags in DECIDED.items() if getattr(which, name) is None}
+    said: dict[str, dict[str, Any]] = {}
+    if undecided:
+        left, said = _read(left, lambda source: seen(source.metadata), refused)
+    for name, flags in undecided.items():
 
         def reason(own: Any, common: Any, name: str = name, flags: str = flags) -> str:
             return (
@@ -180,10 +189,10 @@ def as_trained(
 
         left, found[name] = _agreeing(
             left,
-            lambda source, name=name: seen(source.metadata)[name],
+            {source.name: said[source.name][name] for source in left},
             reason,
             refused,
-            getattr(Protocol().filled(), name),
+            getattr(usual, name),
         )
     for source in left:
         if source.metadata.get("dataset_path") == str(dataset):
@@ -196,7 +205,7 @@ def as_trained(
             size = _context_size(size, left, found.get("positions"), say)
     filled = replace(which, context_size=size).filled(**found)
     for name in ("positions", "concatenate", "separator"):
-        if getattr(filled, name) != getattr(Protocol().filled(), name) and name in found:
+        if getattr(filled, name) != getattr(usual, name) and name in found:
             say(f"{name} is {getattr(filled, name)!r}, as the SAEs were trained")
     return left, filled, dataset
 

@@ -30,8 +30,7 @@ from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import energy_sentence
-from sae_afa_plugin.plan import short
-from sae_afa_plugin.printable import printable, show_only_printable_messages
+from sae_afa_plugin.printable import printable, short, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
 from sae_afa_plugin.tables import results_table

@@ -50,10 +50,17 @@ def offline() -> bool:
 
 def cached_file(repo: str, file: str) -> bool:
     """Whether a file of a repository is in the hub's cache."""
+    return _from_cache(repo, file) is not None
+
+
+def _from_cache(
+    repo: str, file: str, kind: str = "model", revision: str | None = None
+) -> str | None:
     try:
-        return isinstance(try_to_load_from_cache(repo, file), str)
+        found = try_to_load_from_cache(repo, file, repo_type=kind, revision=revision)
     except ValueError:  # no name of a repository
-        return False
+        return None
+    return found if isinstance(found, str) else None
 
 
 def commit_of(
@@ -76,11 +83,8 @@ def commit_of(
         return ask(repo, revision=revision, timeout=_SECONDS, expand=["sha"]).sha
     except Exception:  # errors of requests or httpx, by the version of huggingface_hub
         pass
-    try:
-        found = try_to_load_from_cache(repo, file, repo_type=kind, revision=revision)
-    except ValueError:  # no name of a repository
-        return None
-    if not isinstance(found, str):
+    found = _from_cache(repo, file, kind, revision)
+    if found is None:
         return None
     parts = Path(found).parts
     return parts[len(parts) - parts[::-1].index("snapshots")] if "snapshots" in parts else None

@@ -7,7 +7,7 @@ NumPy pass, which JSON would not take when the config is saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -103,9 +103,7 @@ def truth(config: Any, *names: str, none: bool = False) -> None:
         ValueError: If a field is anything else, also 0 or 1.
     """
     for name in names:
-        value = getattr(config, name)
-        if not (isinstance(value, bool) or (value is None and none)):
-            raise ValueError(f"{name} must be True or False: got {value!r}")
+        _must_be("True or False", config, name, lambda value: isinstance(value, bool), none)
 
 
 def text(config: Any, *names: str, none: bool = False) -> None:
@@ -120,9 +118,7 @@ def text(config: Any, *names: str, none: bool = False) -> None:
         ValueError: If a field is empty or no text.
     """
     for name in names:
-        value = getattr(config, name)
-        if not ((isinstance(value, str) and value) or (value is None and none)):
-            raise ValueError(f"{name} must be text: got {value!r}")
+        _must_be("text", config, name, lambda value: isinstance(value, str) and bool(value), none)
 
 
 def choice(config: Any, name: str, allowed: Collection[str]) -> None:
@@ -136,9 +132,8 @@ def choice(config: Any, name: str, allowed: Collection[str]) -> None:
     Raises:
         ValueError: If it is none of them.
     """
-    value = getattr(config, name)
-    if not isinstance(value, str) or value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(sorted(allowed))}: got {value!r}")
+    what = f"one of {', '.join(sorted(allowed))}"
+    _must_be(what, config, name, lambda value: isinstance(value, str) and value in allowed)
 
 
 def kind(config: Any, name: str, cls: type[Any]) -> None:
@@ -152,9 +147,7 @@ def kind(config: Any, name: str, cls: type[Any]) -> None:
     Raises:
         ValueError: If it is none.
     """
-    value = getattr(config, name)
-    if not isinstance(value, cls):
-        raise ValueError(f"{name} must be a {cls.__name__}: got {value!r}")
+    _must_be(f"a {cls.__name__}", config, name, lambda value: isinstance(value, cls))
 
 
 def dtype_and_device(config: Any, none: bool = False) -> None:
@@ -178,6 +171,14 @@ def dtype_and_device(config: Any, none: bool = False) -> None:
         raise ValueError(
             f"device must be a name like cpu, cuda or cuda:1: got {config.device!r}"
         ) from error
+
+
+def _must_be(
+    what: str, config: Any, name: str, fits: Callable[[Any], bool], none: bool = False
+) -> None:
+    value = getattr(config, name)
+    if not (fits(value) or (value is None and none)):
+        raise ValueError(f"{name} must be {what}: got {value!r}")
 
 
 def _within(name: str, value: Any, at_least: float) -> None:

@@ -20,10 +20,8 @@ from sae_afa_plugin.groups.coherence import Coherence
 from sae_afa_plugin.groups.core import Core
 from sae_afa_plugin.groups.frequencies import Frequencies
 from sae_afa_plugin.options import flag
-from sae_afa_plugin.printable import printable
+from sae_afa_plugin.printable import printable, short
 from sae_afa_plugin.sources import SAESource
-
-_LONGEST = 600  # characters of a reason
 
 
 def _bytes_of_gib(text: str) -> int:
@@ -142,12 +140,6 @@ def left_over(
     if not left:
         raise none_left(refused)
     return left
-
-
-def short(text: str) -> str:
-    """A text in one line that is no longer than people read; files may hold what they like."""
-    line = printable(" ".join(text[: 2 * _LONGEST].split()))
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def sentence(error: BaseException) -> str:

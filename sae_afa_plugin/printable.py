@@ -19,6 +19,7 @@ _OBEYED = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 _FORMULA = ("=", "+", "-", "@")
+_LONGEST = 600  # characters of a reason
 
 
 def printable(text: str) -> str:
@@ -48,6 +49,28 @@ def cell(value: Any) -> Any:
         return value
     text = printable(value)
     return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def shown_name(name: str, most: int = 48) -> str:
+    """A name where room is short: its beginning and its end; files and pages have it whole.
+
+    Args:
+        name: Of an SAE.
+        most: Characters.
+
+    Example:
+        >>> shown_name("a" * 100, 9)
+        'aaaa…aaaa'
+    """
+    name = " ".join(name.split())  # a line break would cover the next name
+    half = (most - 1) // 2
+    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
+
+
+def short(text: str) -> str:
+    """A text in one line that is no longer than people read; files may hold what they like."""
+    line = printable(" ".join(text[: 2 * _LONGEST].split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
 def show_only_printable_messages() -> None:

@@ -208,22 +208,6 @@ class AFAResults:
         return self.summary.to_string()
 
 
-def shown_name(name: str, most: int = 48) -> str:
-    """A name where room is short: its beginning and its end; files and pages have it whole.
-
-    Args:
-        name: Of an SAE.
-        most: Characters.
-
-    Example:
-        >>> shown_name("a" * 100, 9)
-        'aaaa…aaaa'
-    """
-    name = " ".join(name.split())  # a line break would cover the next name
-    half = (most - 1) // 2
-    return name if len(name) <= most else f"{name[:half]}…{name[-half:]}"
-
-
 def summary_of(parts: Parts) -> pd.DataFrame:
     """One row for each SAE: what it is, then what each group found.
 

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from sae_afa_plugin.groups import shown_columns as group_columns
 from sae_afa_plugin.groups.base import Column
-from sae_afa_plugin.printable import printable
-from sae_afa_plugin.results import AFAResults, shown_name
+from sae_afa_plugin.printable import printable, shown_name
+from sae_afa_plugin.results import AFAResults
 
 _ALWAYS = 4  # columns that no table goes without
 # what is known of an SAE beside what groups of metrics find

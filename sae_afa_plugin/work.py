@@ -16,7 +16,8 @@ from sae_afa_plugin.activations.tensors import hold
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup, tokens_at_once
-from sae_afa_plugin.plan import Evaluation, sentence, short
+from sae_afa_plugin.plan import Evaluation, sentence
+from sae_afa_plugin.printable import short
 from sae_afa_plugin.sources import SAESource, shown_origin
 from sae_afa_plugin.spaces import LinearCode, linear_code, why_not
 from sae_afa_plugin.store import Store, StoredResult, versions

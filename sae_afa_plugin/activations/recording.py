@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,8 +95,16 @@ class _Manifest:
         return start, min(start + self.shard_tokens, self.n_tokens)
 
 
-class _Unfinished(ValueError):
-    """That shards are missing."""
+@contextmanager
+def _whole(folder: Path) -> Generator[None]:
+    """Let whatever is wrong with files, which Arrow says in many ways, be said as damage."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"the recording in {str(folder)!r} is damaged ({type(error).__name__}: {error}): "
+            "record it again"
+        ) from error
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -286,30 +295,24 @@ class RecordedActivations(Activations):
     def __init__(self, folder: str | Path, model: Any | None = None, device: str | None = None):
         self.folder, self._given, self._device = user_path(folder), user_given(model), device
         found = _read_manifest(self.folder)
-        try:
+        with _whole(self.folder):
             self._manifest = _Manifest(
                 **{name: found[name] for name in _Manifest.__dataclass_fields__}
             )
             n_shards = self._manifest.n_shards
-            # by what is there: the manifest may name more than there could ever be
-            shards = [file for file in self.folder.glob("*.safetensors") if file.stem.isdigit()]
-            if missing := max(0, n_shards - sum(int(file.stem) < n_shards for file in shards)):
-                raise _Unfinished(
-                    f"the recording in {str(folder)!r} is not finished, {missing} of {n_shards} "
-                    "shards are missing: run the same sae-afa record again"
-                )
+        # by what is there: the manifest may name more than there could ever be
+        shards = [file for file in self.folder.glob("*.safetensors") if file.stem.isdigit()]
+        if missing := max(0, n_shards - sum(int(file.stem) < n_shards for file in shards)):
+            raise ValueError(
+                f"the recording in {str(folder)!r} is not finished, {missing} of {n_shards} "
+                "shards are missing: run the same sae-afa record again"
+            )
+        with _whole(self.folder):
             rows = pq.read_metadata(self.folder / _PLACES).num_rows
             if rows != self._manifest.n_tokens:
                 raise ValueError(f"{_PLACES} has {rows} rows")
             self._places, self._sequences = self._table(_PLACES), self._table(_SEQUENCES)
-            self._whole: set[int] = set()  # shards that are as they were written
-        except _Unfinished:
-            raise
-        except Exception as error:  # of Arrow, by what is damaged
-            raise ValueError(
-                f"the recording in {str(folder)!r} is damaged ({type(error).__name__}: {error}): "
-                "record it again"
-            ) from error
+        self._intact: set[int] = set()  # shards that are as they were written
 
     def _table(self, name: str) -> pd.DataFrame:
         table = pd.read_parquet(self.folder / name)
@@ -397,7 +400,7 @@ class RecordedActivations(Activations):
         tensors = {hook: shard.get_tensor(hook) for hook in shard.keys()}  # noqa: SIM118
         if (shard.metadata() or {}).get("digest") != _digest_of_tensors(tensors):
             raise ValueError("it is not as it was written: its digest does not fit")
-        self._whole.add(number)
+        self._intact.add(number)
 
     @override
     def read(self, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
@@ -409,7 +412,7 @@ class RecordedActivations(Activations):
             path = _shard(self.folder, number)
             try:
                 with safe_open(path, framework="pt") as shard:
-                    if number not in self._whole:
+                    if number not in self._intact:
                         self._check_whole(number, shard)
                     for hook in parts:
                         found = shard.get_slice(hook)

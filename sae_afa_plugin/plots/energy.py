@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from sae_afa_plugin.groups.afa import SHARES
 from sae_afa_plugin.plots.style import Results, axes_of, literal, merged, picture
-from sae_afa_plugin.results import shown_name
+from sae_afa_plugin.printable import shown_name
 
 _LONGEST_NAME = 37  # characters; it leaves room for the bars
 _LOOKS = {

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from sae_afa_plugin.results import AFAResults, shown_name
+from sae_afa_plugin.printable import shown_name
+from sae_afa_plugin.results import AFAResults
 
 _P = ParamSpec("_P")
 Results: TypeAlias = AFAResults | Sequence[AFAResults]

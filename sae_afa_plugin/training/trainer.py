@@ -208,11 +208,6 @@ class OneOfSeveral(LoggedTrainer):
         return super().full_sparsity_window_log() if self.why is None else {}
 
     @override
-    def save_checkpoint(
-        self,
-        checkpoint_name: str,
-        base_path: Path | str | None = None,
-        wandb_aliases: list[str] | None = None,
-    ) -> None:
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         if self.why is None:
-            super().save_checkpoint(checkpoint_name, base_path, wandb_aliases)
+            super().save_checkpoint(*args, **kwargs)
