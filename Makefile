@@ -49,9 +49,9 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest
 
 fuzz: $(INSTALLED)
-	CONFIGS=2000 FOLDERS=500 NAMES=500 ROWS=14000 $(BIN)/python -m pytest \
+	CONFIGS=2000 FOLDERS=500 NAMES=500 ROWS=14000 KILLS=1 $(BIN)/python -m pytest \
 	  tests/unit/test_wrong_files.py tests/unit/test_damages.py tests/unit/test_printable.py \
-	  tests/unit/rules/test_operator.py
+	  tests/unit/test_kills.py tests/unit/training/test_coordinator.py tests/unit/rules/test_operator.py
 
 fast: $(INSTALLED)
 	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import Timeout
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import Tensor
 
 PARTIAL = ".partial"  # how hidden names end of what is not complete
+LOCK = ".lock"  # how names end that say who is at work
 
 
 def user_path(path: str | Path) -> Path:
@@ -153,13 +154,42 @@ def _number_of(path: Path, error: BaseException) -> int:
     return 0
 
 
+@contextmanager
+def claimed(folder: Path, what: str) -> Generator[None]:
+    """Keep other processes from doing the same in a folder; a kill frees it.
+
+    Args:
+        folder: Made if it does not exist.
+        what: Is done there: training, say.
+
+    Raises:
+        ValueError: If another process does.
+        NotWrittenError: If nothing can be written there.
+    """
+    path = folder / f".{what}{LOCK}"
+    lock = FileLock(path)
+    try:
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another process is {what} in {str(folder)!r}: wait until it has finished, or use "
+            "another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def content_files(folder: Path) -> list[Path]:
     """The files below a folder, in order, but for hidden ones and locks, which are no content."""
     return [
         file
         for file in sorted(folder.rglob("*"))
         if file.is_file()
-        and file.suffix != ".lock"
+        and file.suffix != LOCK
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
 

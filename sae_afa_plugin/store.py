@@ -38,6 +38,7 @@ from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.files import (
     add_file,
     aside_of,
+    clear_aside,
     read_object,
     read_sealed,
     user_path,
@@ -153,10 +154,7 @@ class Store:
             )
         if settings is None:
             raise ValueError(f"it has no {MARKER_FILENAME}")
-        names = ["results.json", "summary.csv", _RESULTS]
-        if not self._begun():
-            names += [SEQUENCES_FILENAME, _CLAIMS]
-        for name in names:
+        for name in ("results.json", "summary.csv", _RESULTS, *self._not_of_a_beginning()):
             if (self.folder / name).exists():
                 raise ValueError(
                     f"{str(self.folder / name)!r} was not written by sae-afa and would be in the "
@@ -164,10 +162,18 @@ class Store:
                 )
         self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
 
-    def _begun(self) -> bool:
-        """Whether a process is about to make the folder, or was when it was killed."""
-        locks = [lock.name for lock in (self.folder / _CLAIMS).glob("*")]
-        return f"{_OF_FOLDER}.lock" in locks and all(lock.endswith(".lock") for lock in locks)
+    def _not_of_a_beginning(self) -> list[str]:
+        """What a process that is about to make the folder, or was when it was killed, has not made.
+
+        It makes a folder for locks, takes one, and writes the tokens.
+        """
+        claims = self.folder / _CLAIMS
+        locks = [lock.name for lock in claims.glob("*")]
+        taken = f"{_OF_FOLDER}.lock" in locks
+        own = claims.is_dir() and all(lock.endswith(".lock") for lock in locks)
+        if own and taken:
+            return []
+        return [SEQUENCES_FILENAME] if own and not locks else [SEQUENCES_FILENAME, _CLAIMS]
 
     def _read_marker(self, marker: Path) -> dict[str, Any]:
         try:
@@ -239,6 +245,8 @@ class Store:
                 }
                 write_sealed(self.folder / MARKER_FILENAME, content)
                 return
+            for name in (SEQUENCES_FILENAME, MARKER_FILENAME):
+                clear_aside(self.folder / name)
         self._check(self._read_marker(self.folder / MARKER_FILENAME))
         if not self.sequences["token_id"].equals(sequences["token_id"]):
             raise ValueError(

@@ -40,15 +40,17 @@ from sae_afa_plugin.activations.models import (
     why_not_loaded,
 )
 from sae_afa_plugin.files import (
+    LOCK,
     PARTIAL,
     add_tensor,
+    claimed,
+    clear_aside,
     read_object,
     read_sealed,
     user_given,
     user_path,
     write_sealed,
     write_whole,
-    writing,
 )
 
 FORMAT_VERSION = 2
@@ -144,33 +146,49 @@ def record(
     content = json.loads(json.dumps(content))  # tuples become lists, as in the file
     if (folder / MANIFEST_FILENAME).is_file():
         _check_same(folder, content)
-    elif folder.is_dir() and any(not file.name.endswith(PARTIAL) for file in folder.iterdir()):
+    elif folder.is_dir() and any(
+        not file.name.startswith(".") or not file.name.endswith((PARTIAL, LOCK))
+        for file in folder.iterdir()
+    ):
         raise ValueError(
             f"the folder {str(folder)!r} is not empty and holds no recording: use another folder"
         )
-    missing = [n for n in range(manifest.n_shards) if not _shard(folder, n).is_file()]
+    shards = [_shard(folder, number) for number in range(manifest.n_shards)]
+    if all(shard.is_file() for shard in shards):
+        say(_sizes(manifest, 0))
+    else:
+        with claimed(folder, "recording"):
+            _write_missing(source, manifest, content, shards, dtype, progress, say)
+    for path in (*shards, *(folder / name for name in (MANIFEST_FILENAME, _PLACES, _SEQUENCES))):
+        clear_aside(path)  # of a kill just after it was complete
+    return RecordedActivations(folder)
+
+
+def _write_missing(
+    source: Activations,
+    manifest: _Manifest,
+    content: dict[str, Any],
+    shards: list[Path],
+    dtype: str | None,
+    progress: bool,
+    say: Callable[[str], None],
+) -> None:
+    folder = shards[0].parent
+    missing = [number for number, shard in enumerate(shards) if not shard.is_file()]
     tokens = sum(stop - start for start, stop in map(manifest.range_of, missing))
-    needed = tokens * manifest.bytes_per_token
-    say(
-        f"{manifest.n_tokens:,} tokens at {len(manifest.hooks)} hooks, "
-        f"{manifest.bytes_per_token:,} bytes each: {_size(manifest.n_tokens * manifest.bytes_per_token)}"
-        + (f", of which {_size(needed)} are missing" if len(missing) < manifest.n_shards else "")
-    )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    say(_sizes(manifest, tokens))
+    needed, free = tokens * manifest.bytes_per_token, shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
             f"the recording needs {_size(needed)} in {str(folder)!r}, where {_size(free)} are free: "
             "record fewer tokens or hooks, or in float16"
         )
-    if missing:
-        # first, so that whatever is there is known to be of a recording
-        if not (folder / MANIFEST_FILENAME).is_file():
-            write_sealed(folder / MANIFEST_FILENAME, content)
-        for name, table in ((_PLACES, source.places), (_SEQUENCES, source.sequences)):
-            if not (folder / name).is_file():
-                write_whole(folder / name, table.to_parquet)
+    # first, so that whatever is there is known to be of a recording
+    if not (folder / MANIFEST_FILENAME).is_file():
+        write_sealed(folder / MANIFEST_FILENAME, content)
+    for name, table in ((_PLACES, source.places), (_SEQUENCES, source.sequences)):
+        if not (folder / name).is_file():
+            write_whole(folder / name, table.to_parquet)
     with tqdm(
         total=manifest.n_tokens,
         initial=manifest.n_tokens - tokens,
@@ -183,11 +201,22 @@ def record(
             found = source.read(list(manifest.hooks), start, stop)
             tensors = {hook: _stored(hook, acts, dtype) for hook, acts in found.items()}
             about = {"digest": _digest_of_tensors(tensors)}
-            write_whole(
-                _shard(folder, number), lambda path, t=tensors, a=about: save_file(t, path, a)
-            )
+            write_whole(shards[number], lambda path, t=tensors, a=about: save_file(t, path, a))
             bar.update(stop - start)
-    return RecordedActivations(folder)
+
+
+def _sizes(manifest: _Manifest, missing: int) -> str:
+    """How much there is to record, and how many tokens of it are missing."""
+    whole = _size(manifest.n_tokens * manifest.bytes_per_token)
+    return (
+        f"{manifest.n_tokens:,} tokens at {len(manifest.hooks)} hooks, "
+        f"{manifest.bytes_per_token:,} bytes each: {whole}"
+        + (
+            ""
+            if missing == manifest.n_tokens
+            else f", of which {_size(missing * manifest.bytes_per_token)} are missing"
+        )
+    )
 
 
 def _size(n_bytes: int) -> str:

@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site
-from sae_afa_plugin.files import user_path
+from sae_afa_plugin.files import claimed, user_path
 from sae_afa_plugin.printable import printable
-from sae_afa_plugin.training.folder import DIVERGED, FINISHED, UNDER_WAY, TrainingFolder, claimed
+from sae_afa_plugin.training.folder import DIVERGED, FINISHED, UNDER_WAY, TrainingFolder
 from sae_afa_plugin.training.run import Run, SAETraining
 from sae_afa_plugin.training.stream import Blocks, default_block
 
@@ -86,7 +86,7 @@ def train_saes(
     for name in trainings:
         if not name or name.startswith(".") or Path(name).name != name or printable(name) != name:
             raise ValueError(f"an SAE's name becomes a folder, which {name!r} cannot be")
-    with claimed(out):
+    with claimed(out, "training"):
         folders = {
             name: TrainingFolder(
                 out / name,

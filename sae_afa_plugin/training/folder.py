@@ -20,8 +20,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from sae_afa_plugin._upstream import (
     ACTIVATION_SCALER_CFG_FILENAME,
     ACTIVATION_WHITENING_FILENAME,
@@ -38,7 +36,7 @@ STATE_FILENAME = "coordinator_state.pt"
 FINISHED, DIVERGED, FAILED, UNDER_WAY = "finished", "diverged", "failed", "under way"
 
 _CHECKPOINT = "checkpoint-"
-_ASIDE = ("checkpoint", "SAE")  # what is written aside
+_ASIDE = ("checkpoint", "SAE", RECORD_FILENAME, LOG_FILENAME)  # what is written aside
 _FINAL = (SAE_WEIGHTS_FILENAME, SPARSITY_FILENAME, SAE_CFG_FILENAME)
 _WRITTEN = (
     *_FINAL,
@@ -203,30 +201,3 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):  # not there, or not empty
         folder.rmdir()
-
-
-@contextmanager
-def claimed(folder: Path) -> Generator[None]:
-    """Keep other processes from training in a folder; a kill frees it.
-
-    Args:
-        folder: Made if it does not exist.
-
-    Raises:
-        ValueError: If another process trains there.
-    """
-    path = folder / ".training.lock"
-    lock = FileLock(path)
-    try:
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(
-            f"another process is training in {str(folder)!r}: wait until it has finished, or use "
-            "another folder"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()

@@ -171,7 +171,7 @@ def test_a_recording_that_filled_the_disk_goes_on(
         (aside / ".tmpKcQ0bR").write_bytes(b"half")
         enlarge(ROOM)
         assert cli.main(record(made, tmp_path / "disk" / "out")) == 0
-        names = sorted(f.name for f in (tmp_path / "disk" / "out").iterdir())
-        assert names == [
+        names = {f.name for f in (tmp_path / "disk" / "out").iterdir()}
+        assert sorted(names - {".recording.lock"}) == [  # which filelock may leave
             "00000.safetensors", "manifest.json", "places.parquet", "sequences.parquet",
         ]  # fmt: skip

@@ -132,10 +132,16 @@ def test_files_of_somebody_else_are_in_the_way_or_left_alone(tmp_path):
         assert (out / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("left", [[], ["sequences.parquet"], [".sequences.parquet.partial/x"]])
+LOCK = ".claims/folder.lock"
+
+
+@pytest.mark.parametrize(
+    "left", [[], [LOCK], [LOCK, "sequences.parquet"], [LOCK, ".sequences.parquet.partial/x"]]
+)
 def test_a_kill_while_the_folder_is_made_is_continued(tmp_path, left):
     out = tmp_path / "out"
-    for name in (".claims/folder.lock", *left):
+    (out / ".claims").mkdir(parents=True)
+    for name in left:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(b"")
     results = evaluate({"a": small_sae()}, out=out)

@@ -20,7 +20,7 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.recording import RecordedActivations, record
 from sae_afa_plugin.activations.tensors import TensorActivations, hold
 from sae_afa_plugin.activations.tokens import Protocol
-from sae_afa_plugin.files import write_sealed
+from sae_afa_plugin.files import claimed, write_sealed
 
 HOOKS = ["blocks.1.hook_resid_pre", "blocks.0.attn.hook_z"]
 TOKENS = torch.randint(1, 50, (9, 12), generator=torch.Generator().manual_seed(1))
@@ -239,6 +239,15 @@ def test_the_size_is_said_and_a_part_is_finished(small_shards, tmp_path):
     assert torch.equal(x, source.read(["wave"], 0, 1000)["wave"])
 
 
+def test_another_process_that_records_there_is_said(tmp_path):
+    with (
+        claimed(tmp_path / "all", "recording"),
+        pytest.raises(ValueError, match="another process is recording in .*: wait until it has"),
+    ):
+        record(Waves(50, 8, 0), ["wave"], tmp_path / "all")
+    assert record(Waves(50, 8, 0), ["wave"], tmp_path / "all").n_tokens == 50
+
+
 def test_lower_precision_is_a_setting_of_its_own(tmp_path):
     source = Waves(50, 8, 0)
     half = record(source, ["wave"], tmp_path / "half", "float16")
@@ -320,7 +329,7 @@ def test_a_disk_that_is_too_small_is_said_before_anything_is_written(tmp_path, m
         OSError, match=r"needs 0\.0 MiB in .*, where 0\.0 MiB are free: record fewer"
     ):
         record(Waves(50, 8, 0), ["wave"], tmp_path / "a")
-    assert list((tmp_path / "a").iterdir()) == []
+    assert [file for file in (tmp_path / "a").iterdir() if file.suffix != ".lock"] == []
 
 
 def test_a_recording_takes_no_other_tokens(tmp_path, sources):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import subprocess
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 from helpers.activations import SparseMixtures
+from helpers.kills import kill_before_writes
 from helpers.straight_line import StraightLineTraining
 from sae_lens import (
     SAE,
@@ -655,74 +654,20 @@ def test_a_pickle_in_a_checkpoint_does_not_run(tmp_path, file):
 
 
 KILLED = """
-import os, signal, sys
-from pathlib import Path
-
-import torch
-
-torch.set_num_threads(1)
 import test_coordinator as tests
 
-ways = {"start": int(sys.argv[2]), "stride": int(sys.argv[3])}
 trainings = {name: tests.training(name, steps=10, lr_decay_steps=2) for name in ("topk", "standard")}
-# imported and compiled once; what is killed are copies of this process
-tests.train(trainings, Path(sys.argv[1], "whole"))
+contents = tests.contents
 
-
-def train(folder, kill_at=None):
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def audit(event, args):
-            nonlocal count
-            if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-                if folder in str(args[0]):
-                    count += 1
-                    if count == kill_at:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(audit)
-        tests.train(trainings, folder)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-whole = tests.contents(Path(sys.argv[1], "whole"))
-kill_at, killed = ways["start"], 0
-while True:
-    folder = str(Path(sys.argv[1], f"killed-{kill_at}"))
-    status = train(folder, kill_at)
-    if status == 0:
-        break
-    assert status == -signal.SIGKILL, status
-    killed += 1
-    train(folder, 7)  # and again, early
-    assert train(folder) == 0
-    assert tests.contents(folder) == whole, kill_at
-    kill_at += ways["stride"]
-print("killed", killed)
+def job(folder):
+    tests.train(trainings, folder)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it kills copies of a process")
 def test_killed_before_any_write_it_is_the_same(tmp_path):
-    """SIGKILL before the n-th change of a file, for every ninth n, then once more, then on."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), "1", "9"],
-        cwd=Path(__file__).parent,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([*map(str, (Path(__file__).parents[2], Path.cwd()))]),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) > 9
+    assert kill_before_writes(KILLED, tmp_path) > 20
 
 
 # --- the folder ---
