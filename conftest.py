@@ -4,6 +4,11 @@ import importlib.util
 import os
 
 import torch
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 # The Triton kernels are interpreted where no GPU is at hand.
 if not torch.cuda.is_available():

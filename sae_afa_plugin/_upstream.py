@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from datasets import config as datasets_config  # pyright: ignore[reportAttributeAccessIssue]
 
 # huggingface_hub: where its cache has a repository
 from huggingface_hub.file_download import repo_folder_name
@@ -86,6 +88,7 @@ __all__ = [
     "concat_and_batch_sequences",
     "convert_gpt2_weights",
     "dataset_fingerprint",
+    "datasets_cache",
     "encodes_batches",
     "extract_stop_at_layer_from_tlens_hook_name",
     "get_conversion_loader_name",
@@ -291,3 +294,8 @@ def reconstruction_of(sae: Any, x: Tensor) -> Tensor | None:
 def dataset_fingerprint(dataset: Dataset) -> str:
     """What datasets itself tells datasets apart by."""
     return dataset._fingerprint
+
+
+def datasets_cache() -> Path:
+    """Where datasets keeps what it has read."""
+    return Path(datasets_config.HF_DATASETS_CACHE)

@@ -13,10 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
+from xxhash import xxh3_128
 
 PARTIAL = ".partial"  # how hidden names end of what is not complete
 LOCK = ".lock"  # how names end that say who is at work
@@ -201,10 +203,77 @@ def add_file(digest: Any, path: Path) -> None:
             digest.update(block)
 
 
+def digest_of_files(place: Path) -> str:
+    """A digest of a file's content, or of all files below a folder with their names.
+
+    Args:
+        place: The file or folder.
+    """
+    digest = hashlib.sha256()
+    for file in content_files(place) if place.is_dir() else [place]:
+        name = file.relative_to(place).as_posix() if place.is_dir() else place.suffix
+        digest.update(f"{name} {file.stat().st_size}\n".encode())
+        add_file(digest, file)
+    return digest.hexdigest()[:16]
+
+
 def add_tensor(digest: Any, tensor: Tensor) -> None:
     """Let a tensor's values count in a digest of ``hashlib``, bit for bit, in any dtype."""
     values = tensor.detach().cpu().contiguous().view(-1)
     digest.update(values.view(torch.uint8).numpy().data)
+
+
+def digest_of_table(table: pd.DataFrame) -> str:
+    """A digest of a table's columns, by value.
+
+    Args:
+        table: The table.
+    """
+    digest = xxh3_128()
+    for name, column in table.items():
+        digest.update(f"{name}\n".encode())
+        if column.dtype.kind in "iu":
+            digest.update(column.to_numpy(dtype="int64").data)
+        else:
+            digest.update("\0".join(column.astype(str)).encode())
+    return digest.hexdigest()
+
+
+def digest_of_module(module: nn.Module) -> str:
+    """A digest of what decides the outputs of a module, as far as it is not in its code.
+
+    Weights and buffers, and of each part its class, its numbers, words and functions: an
+    activation function, a scale. Neither its device nor whether it is in training counts.
+
+    Args:
+        module: The module.
+
+    Example:
+        >>> first, second = nn.GELU(), nn.GELU(approximate="tanh")
+        >>> digest_of_module(first) == digest_of_module(nn.GELU())
+        True
+        >>> digest_of_module(first) == digest_of_module(second)
+        False
+    """
+    digest = hashlib.sha256()
+    for name, part in module.named_modules():
+        digest.update(f"{name} {_called(type(part))}\n".encode())
+        for attribute, value in sorted(vars(part).items()):
+            if attribute.startswith("_") or attribute in ("training", "device"):
+                continue
+            if isinstance(value, bool | int | float | str):
+                digest.update(f"{attribute} {value!r}\n".encode())
+            elif callable(value) and not isinstance(value, nn.Module):
+                digest.update(f"{attribute} {_called(value)}\n".encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        add_tensor(digest, tensor)
+    return digest.hexdigest()[:16]
+
+
+def _called(thing: Any) -> str:
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{getattr(named, '__module__', '')}.{named.__qualname__}"
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:

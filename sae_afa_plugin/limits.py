@@ -83,6 +83,8 @@ def real(
             number = math.inf
         if not math.isfinite(number):
             raise ValueError(f"{name} must be a finite number: got {_short(value)}")
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+            object.__setattr__(config, name, number)  # PyTorch takes no such whole numbers
         _within(name, value, at_least)
         if number <= more_than:
             raise ValueError(f"{name} must be more than {more_than:g}: got {value!r}")

@@ -31,6 +31,27 @@ def norm_along_last(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
 
 
+def exact_norm(x: Tensor) -> Tensor:
+    """The same in float64, also where squares would leave the range of ``x``'s dtype.
+
+    Rows are scaled by powers of two, which rounds nothing.
+
+    Example:
+        >>> float(exact_norm(torch.tensor([3e-30, 4e-30]))), float(exact_norm(torch.tensor([3e30])))
+        (5...e-30, 3...e+30)
+    """
+    scaled, power = _near_one(x)
+    return norm_along_last(scaled).double() / power.double()
+
+
+def _near_one(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows with their largest entry near 1, and the powers of two that they were multiplied with."""
+    x = x.to(_precision(x))
+    exponent = torch.frexp(x.abs().amax(-1)).exponent.clamp(-120, 120)
+    power = torch.ldexp(torch.ones_like(exponent, dtype=x.dtype), -exponent)
+    return x * power[..., None], power
+
+
 def epsilon_lbo(norm_z: Tensor, norm_f: Tensor, d_sae: int) -> Tensor:
     """The least quasi-orthogonality constant that a token forces on its dictionary.
 
@@ -139,7 +160,7 @@ def token_metrics(
     """
     l1 = torch.linalg.vector_norm(f_unit, ord=1, dim=-1, dtype=torch.float64)
     l0 = f_unit.count_nonzero(dim=-1) if l0 is None else l0
-    squared_f = norm_along_last(f_unit).double().square()
+    squared_f = exact_norm(f_unit).square()
     return metrics_from_sums(z, recons_centered, b, l0, l1, squared_f, f_unit.shape[-1])
 
 
@@ -167,29 +188,27 @@ def metrics_from_sums(
     z, recons_centered, b = z.to(dtype), recons_centered.to(dtype), b.to(dtype)
     z_centered, z_hat = z - b, recons_centered + b
     error = z_centered - recons_centered
-    norm_z = norm_along_last(z)
-    norm_z_centered = norm_along_last(z_centered)
-    norm_recons = norm_along_last(recons_centered).double()
-    norm_z_hat = norm_along_last(z_hat).double()
-    norm_f = (squared_f + b.double().square().sum()).sqrt().to(dtype)
-    norm_f_centered = squared_f.sqrt().to(dtype)
+    norm_z, norm_z_hat = exact_norm(z), exact_norm(z_hat)
+    norm_z_centered, norm_recons = exact_norm(z_centered), exact_norm(recons_centered)
+    norm_f = (squared_f + b.double().square().sum()).sqrt()
+    norm_f_centered = squared_f.sqrt()
 
     pairs = l1.square() - squared_f
     # one active direction, or others that are lost beside it in this precision
     alone = pairs <= 100 * torch.finfo(dtype).eps * squared_f
     pairs = torch.where(alone, torch.nan, pairs)
     interference = norm_recons.square() - squared_f
-    squared_error = norm_along_last(error).double().square()
+    squared_error = exact_norm(error).square()
     # NaN where there is nothing to compare with
-    squared_z = _nonzero(norm_z.double().square())
-    energy = _nonzero(norm_z_centered.double().square())
+    squared_z = _nonzero(norm_z.square())
+    energy = _nonzero(norm_z_centered.square())
     return AFATokenMetrics(
-        norm_z=norm_z,
-        norm_f=norm_f,
-        norm_z_centered=norm_z_centered,
-        norm_f_centered=norm_f_centered,
+        norm_z=norm_z.to(dtype),
+        norm_f=norm_f.to(dtype),
+        norm_z_centered=norm_z_centered.to(dtype),
+        norm_f_centered=norm_f_centered.to(dtype),
         over_activated=norm_f > norm_z,
-        epsilon_lbo=epsilon_lbo(norm_z, norm_f, d_sae),
+        epsilon_lbo=epsilon_lbo(norm_z, norm_f, d_sae).to(dtype),
         epsilon_lbo_recon=epsilon_lbo(norm_recons, norm_f_centered, d_sae).to(dtype),
         interference=(interference / pairs).to(dtype),
         nmse=(squared_error / squared_z).to(dtype),
@@ -209,7 +228,8 @@ def _nonzero(values: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(-1, dtype=torch.float64)
+    (a, power_a), (b, power_b) = _near_one(a), _near_one(b)
+    return (a * b).sum(-1, dtype=torch.float64) / (power_a.double() * power_b.double())
 
 
 # --- dictionaries ---
@@ -282,7 +302,7 @@ def _precision(x: Tensor) -> torch.dtype:
 
 def _unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of norm 1 in float32 at least, where they have a direction, and how many have one."""
-    rows = rows.detach().to(_precision(rows))
+    rows, _ = _near_one(rows.detach())
     norms = norm_along_last(rows)
     unit = rows / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
     directed = norms != 0

@@ -74,8 +74,8 @@ class Evaluation:
         limits.dtype_and_device(self, none=True)
         if self.device is not None:
             try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+                torch.empty(0, device=self.device).cpu()  # which "meta" cannot do
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
                 raise ValueError(f"device {self.device!r} cannot be used ({error})") from error
 
     def say(self, line: str) -> None:

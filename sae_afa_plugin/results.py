@@ -158,7 +158,7 @@ class AFAResults:
             write_index(self._store, self.summary, self._parts, self.metadata)
             return
         store = Store(folder, self.metadata.get("settings", {}))
-        store.begin(self.sequences)
+        store.begin(self.sequences, self._store.places_digest if self._store else None)
         fingerprints = self.metadata.get("fingerprints", {})
         parts: dict[str, dict[str, StoredResult]] = {}
         for name, row in self.summary.iterrows():

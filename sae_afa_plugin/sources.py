@@ -43,7 +43,7 @@ from sae_afa_plugin._upstream import (
     handle_config_defaulting,
     load_sae_config_from_huggingface,
 )
-from sae_afa_plugin.files import add_file, add_tensor, user_path
+from sae_afa_plugin.files import add_file, add_tensor, digest_of_module, user_path
 from sae_afa_plugin.hub import cached_file, check_readable, commit_of, offline
 from sae_afa_plugin.printable import printable
 from sae_afa_plugin.spaces import linear_code, why_not
@@ -309,7 +309,7 @@ class _FromFolder(SAESource):
     @property
     @override
     def origin(self) -> str:
-        return str(self.folder)
+        return printable(str(self.folder))  # a tab stands between a release and an id
 
     @property
     @override
@@ -367,9 +367,11 @@ class _InMemory(SAESource):
     @override
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True, default=str).encode())
-        if not isinstance(self.sae, SAE):
-            # its code is not known: another object may have the same tensors and encode otherwise
-            digest.update(self._once.encode())
+        own = (*SAE_CLASS_REGISTRY.values(), *SAE_TRAINING_CLASS_REGISTRY.values())
+        if type(self.sae) in (kind for kind, _ in own):
+            return digest_of_module(self.sae) + digest.hexdigest()
+        # its code is not known: another object may have the same tensors and encode otherwise
+        digest.update(self._once.encode())
         for name, tensor in sorted(_tensors_of(self.sae).items()):
             digest.update(name.encode())
             add_tensor(digest, tensor)

@@ -29,8 +29,9 @@ from sae_afa_plugin._upstream import (
     left_as_it_was,
     normalized_input,
     reconstruction_of,
+    without_hooks,
 )
-from sae_afa_plugin.metrics import AFATokenMetrics, metrics_from_sums, norm_along_last
+from sae_afa_plugin.metrics import AFATokenMetrics, exact_norm, metrics_from_sums
 
 # Share of active features up to which summing decoder rows is faster than the whole product:
 # 6 % on a CPU at 1,024 tokens, 24,576 features, width 768 (benchmarks/evaluator.py).
@@ -168,7 +169,7 @@ class EncodedTokens:
             return sums[0], sums[1]
         unit = self.f * self.code.norms
         l1 = torch.linalg.vector_norm(unit, ord=1, dim=-1, dtype=torch.float64)
-        return l1, norm_along_last(unit).double().square()
+        return l1, exact_norm(unit).square()
 
     def metrics(self) -> AFATokenMetrics:
         """The AFA metric of these tokens."""
@@ -291,7 +292,7 @@ class LinearCode(ABC):
             )
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         self.W_dec, self.b_dec = W_dec.detach().to(dtype), b_dec.detach().to(dtype)
-        self.norms = norm_along_last(self.W_dec)
+        self.norms = exact_norm(self.W_dec).to(dtype)
         if unit_rows:
             self.W_dec = self.W_dec / self.norms[:, None]
             self.norms = torch.ones_like(self.norms)
@@ -315,7 +316,7 @@ class SAELensCode(LinearCode):
 
     @override
     def encode(self, x: Tensor) -> Tensor:
-        with left_as_it_was(self.sae):
+        with left_as_it_was(self.sae), without_hooks(self.sae):
             f = self.sae.encode(x)
         return f.to_dense() if f.is_sparse else f
 
@@ -333,7 +334,8 @@ class SAELensCode(LinearCode):
 
     @override
     def decoded(self, x: Tensor) -> Tensor | None:
-        seen = reconstruction_of(self.sae, x)
+        with without_hooks(self.sae):
+            seen = reconstruction_of(self.sae, x)
         # a decoder that does not say what it makes cannot be known to be right
         return x.new_full((len(x), self.W_dec.shape[1]), torch.nan) if seen is None else seen
 

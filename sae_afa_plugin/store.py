@@ -36,6 +36,7 @@ from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.files import (
+    PARTIAL,
     add_file,
     aside_of,
     clear_aside,
@@ -48,7 +49,7 @@ from sae_afa_plugin.files import (
 )
 from sae_afa_plugin.groups.base import GroupResult
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MARKER_FILENAME = "sae-afa.json"
 SEQUENCES_FILENAME = "sequences.parquet"
 _RESULTS, _CLAIMS = "results", ".claims"
@@ -140,7 +141,8 @@ class Store:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any] | None = None):
         self.folder = user_path(folder)
-        self._sequences_digest = ""
+        self._sequences_digest, self.places_digest = "", None
+        self._begun = False  # by this process
         marker = self.folder / MARKER_FILENAME
         if marker.exists():
             self.settings = self._read_marker(marker)
@@ -181,6 +183,7 @@ class Store:
             if version == SCHEMA_VERSION:
                 found = read_sealed(marker)
                 settings, self._sequences_digest = found["settings"], found["sequences"]
+                self.places_digest = found["places"]
                 if not isinstance(settings, dict):
                     raise ValueError("it has no settings")
                 return settings
@@ -224,11 +227,12 @@ class Store:
                 f"{error}. Delete the folder and evaluate again"
             ) from error
 
-    def begin(self, sequences: pd.DataFrame) -> None:
+    def begin(self, sequences: pd.DataFrame, places: str | None = None) -> None:
         """Make the folder, or make sure that its results are of the same tokens.
 
         Args:
             sequences: Every token that is read.
+            places: A digest of where those stand that are evaluated; None: not known.
 
         Raises:
             ValueError: If the folder has others.
@@ -242,13 +246,16 @@ class Store:
                     "schema_version": SCHEMA_VERSION,
                     "settings": self.settings,
                     "sequences": self._sequences_digest,
+                    "places": places,
                 }
                 write_sealed(self.folder / MARKER_FILENAME, content)
+                self.places_digest, self._begun = places, True
                 return
             for name in (SEQUENCES_FILENAME, MARKER_FILENAME):
                 clear_aside(self.folder / name)
         self._check(self._read_marker(self.folder / MARKER_FILENAME))
-        if not self.sequences["token_id"].equals(sequences["token_id"]):
+        of_others = None not in (places, self.places_digest) and places != self.places_digest
+        if of_others or not self.sequences["token_id"].equals(sequences["token_id"]):
             raise ValueError(
                 f"the dataset gives other tokens than those that {str(self.folder)!r} was "
                 "made with: use another folder, or delete this one"
@@ -262,10 +269,16 @@ class Store:
                 return
             if any(_held(lock) for lock in claims.glob("*.lock")):
                 return
-            shutil.rmtree(claims, ignore_errors=True)
-            shutil.rmtree(results, ignore_errors=True)
-            for name in (MARKER_FILENAME, SEQUENCES_FILENAME):
-                (self.folder / name).unlink(missing_ok=True)
+            for lock in claims.glob("*.lock"):
+                lock.unlink(missing_ok=True)
+            for left in results.glob(f".*{PARTIAL}"):  # of results that could not be written
+                clear_aside(results / left.name.removeprefix(".").removesuffix(PARTIAL))
+            for folder in (claims, results):
+                with suppress(OSError):  # somebody's own files may be in it
+                    folder.rmdir()
+            if self._begun:
+                for name in (MARKER_FILENAME, SEQUENCES_FILENAME):
+                    (self.folder / name).unlink(missing_ok=True)
             self.folder.rmdir()
 
     # --- results ---

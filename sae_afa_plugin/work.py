@@ -10,10 +10,10 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_afa_plugin.activations.base import Activations, Site
-from sae_afa_plugin.activations.hooks import device_of
+from sae_afa_plugin.activations.hooks import device_of, hooks_left_on, without_autocast
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.tensors import hold
-from sae_afa_plugin.files import NotWrittenError
+from sae_afa_plugin.files import NotWrittenError, digest_of_table
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import Accumulator, GroupResult, MetricGroup, tokens_at_once
 from sae_afa_plugin.plan import Evaluation, sentence
@@ -60,6 +60,16 @@ class Work:
             )
         if missing:
             self._evaluate(missing, refused)
+        elif self.done and self._of_a_stream():
+            self._begin()  # it may give other tokens than before, and nothing else would tell
+
+    def _of_a_stream(self) -> bool:
+        settings = self.activations.settings
+        return settings.get("dataset") == "in memory" and settings["dataset_content"] is None
+
+    def _begin(self) -> None:
+        activations = self.activations
+        self.store.begin(activations.sequences, digest_of_table(activations.places))
 
     def _say_versions(self) -> None:
         """Say if what is taken over was made with other versions: numbers may differ by that.
@@ -109,7 +119,7 @@ class Work:
         asked = activations.settings.get("n_tokens", activations.n_tokens)
         if activations.n_tokens < asked:
             how.say(f"the dataset has {activations.n_tokens:,} tokens, not {asked:,}")
-        self.store.begin(activations.sequences)
+        self._begin()
         fitting = self._fitting(missing, refused)
         if isinstance(activations, LanguageModelActivations):
             # a model is run once; other sources are read as often as there are SAEs
@@ -128,7 +138,8 @@ class Work:
                             waiting.append((source, site))
                             continue
                         try:
-                            _One(self, source, site, activations, places).evaluate(refused)
+                            with without_autocast():
+                                _One(self, source, site, activations, places).evaluate(refused)
                         except NotWrittenError:
                             raise  # the next one could not be kept either
                         except Exception as error:
@@ -179,6 +190,8 @@ class _One:
                 return
             sae = source.load(self._device(), how.dtype)
             code, facts = linear_code(sae), self._facts(sae)
+            for line in hooks_left_on(sae) if hasattr(sae, "hook_dict") else []:
+                how.say(f"{source.name} {line}")
             started: dict[str, Accumulator] = {}
             for group in groups:
                 reason = group.why_not(code, self.activations)

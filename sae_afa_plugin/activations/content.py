@@ -15,13 +15,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from torch import Tensor
 
 from sae_afa_plugin._upstream import dataset_fingerprint
-from sae_afa_plugin.activations.tokens import (
+from sae_afa_plugin.activations.documents import (
     EMBEDDED_TEXT,
     AnyDataset,
     columns_read,
     is_saved_dataset,
 )
-from sae_afa_plugin.files import add_file, add_tensor, content_files
+from sae_afa_plugin.files import add_tensor, digest_of_files
 from sae_afa_plugin.hub import commit_of
 
 _ROWS = 1000  # at a time
@@ -50,11 +50,11 @@ def content_of(dataset: AnyDataset, split: str = "train") -> str | None:
         if not place.exists():
             return None
         if not is_saved_dataset(place):
-            return _digest_of_files(place)
+            return digest_of_files(place)
         try:
             dataset = load_from_disk(str(place))
         except Exception:  # of any kind where files are damaged: said when it is read
-            return _digest_of_files(place)
+            return digest_of_files(place)
     elif isinstance(dataset, list | tuple):
         try:
             dataset = Dataset.from_dict({"text": list(dataset)})
@@ -70,15 +70,6 @@ def revision_of(dataset: AnyDataset) -> str | None:
     if not isinstance(dataset, str | Path) or str(dataset) == EMBEDDED_TEXT:
         return None
     return None if Path(dataset).exists() else commit_of(str(dataset), "dataset", file="README.md")
-
-
-def _digest_of_files(place: Path) -> str:
-    digest = hashlib.sha256()
-    for file in content_files(place) if place.is_dir() else [place]:
-        name = file.relative_to(place).as_posix() if place.is_dir() else place.suffix
-        digest.update(f"{name} {file.stat().st_size}\n".encode())
-        add_file(digest, file)
-    return digest.hexdigest()[:16]
 
 
 def _digest_of_rows(dataset: Dataset) -> str:

@@ -66,13 +66,24 @@ def stop_layer(hook_names: Iterable[str]) -> int | None:
 
 
 @contextmanager
+def without_autocast() -> Generator[None]:
+    """Compute in the dtypes that things have, whatever block of ``torch.autocast`` this is in."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
 def known_state(model: Any) -> Generator[None]:
     """Run a language model as it was trained to run, whatever state it is in, and restore that.
 
-    Without dropout, without hooks that somebody has left on its hook points, without gradients.
+    Without dropout, without hooks that somebody has left on its hook points, without gradients and
+    without autocast.
 
     Args:
         model: A ``HookedTransformer``, ``TransformerBridge`` or SAELens ``HookedProxyLM``.
+
+    Raises:
+        ValueError: If SAEs are attached to it.
 
     Example:
         >>> from sae_afa_plugin.activations.embedded import load_embedded_model
@@ -83,12 +94,17 @@ def known_state(model: Any) -> Generator[None]:
         >>> model.training
         True
     """
+    if attached := getattr(model, "acts_to_saes", None):
+        raise ValueError(
+            f"the model has SAEs attached at {', '.join(map(str, attached))}, which would change "
+            "what is read: call model.reset_saes() first"
+        )
     # only what has to change: setting every flag of a TransformerBridge takes 13 ms
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.no_grad(), without_hooks(model):
+        with torch.no_grad(), without_autocast(), without_hooks(model):
             yield
     finally:
         for module in training:
@@ -101,11 +117,21 @@ def unusual_state(model: Any) -> list[str]:
     dropouts = (m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0)
     if any(dropout.training for dropout in dropouts):
         said.append("the model is in training mode: it is read without its dropout")
-    left = [name for name, point in model.hook_dict.items() if has_hooks(point)]
-    if left:
-        more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        said.append(f"the model has hooks on {', '.join(left[:3])}{more}: it is read without them")
+    said += [f"the model {line}" for line in hooks_left_on(model)]
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        said.append("autocast is on: the model and the SAEs are read without it")
     return said
+
+
+def hooks_left_on(model: Any) -> list[str]:
+    """That somebody has left hooks, as the end of a sentence; nothing where there are none.
+
+    Args:
+        model: A language model or an SAE.
+    """
+    left = [name for name, point in model.hook_dict.items() if has_hooks(point)]
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return [f"has hooks on {', '.join(left[:3])}{more}: it is read without them"] if left else []
 
 
 def hook_shapes(model: Any, hook_names: Sequence[str]) -> dict[str, torch.Size]:

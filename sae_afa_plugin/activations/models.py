@@ -7,7 +7,6 @@ are processed, which decides numbers. They may not choose code, files or places 
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -31,7 +30,7 @@ from sae_afa_plugin.activations.embedded import (
     hooked_gpt2,
     load_embedded_model,
 )
-from sae_afa_plugin.files import add_file, add_tensor, content_files
+from sae_afa_plugin.files import digest_of_files, digest_of_module
 from sae_afa_plugin.hub import check_readable, commit_of
 
 # of the metadata, what decides which model an SAE belongs to
@@ -275,7 +274,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``model``, how it is called; ``model_argument``, what has to be passed to load it again
         (None where SAEs name it, or where it was an object); and ``model_content``, a digest of
-        all weights of an object and of all files of a folder, otherwise None.
+        an object (:func:`sae_afa_plugin.files.digest_of_module`) and of all files of a folder, otherwise None.
 
     Example:
         >>> model_identity("gpt2", {"model_from_pretrained_kwargs": {}})["model_argument"]
@@ -290,7 +289,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
             "model_class_name": wanted.get("model_class_name"),
             "model_kwargs": kwargs,
             "model_argument": None if model is None else name,
-            "model_content": None if folder is None else _digest_of_folder(folder),
+            "model_content": None if folder is None else digest_of_files(folder),
         }
     name = getattr(getattr(model, "cfg", None), "model_name", None)
     return {
@@ -298,7 +297,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "model_class_name": None,
         "model_kwargs": None,  # whoever made it knows
         "model_argument": None,
-        "model_content": _digest_of_weights(model),
+        "model_content": digest_of_module(model),
     }
 
 
@@ -321,19 +320,3 @@ def _repository(name: str) -> str:
     """The repository on the hub that TransformerLens reads a model of this name from."""
     aliases = {alias.lower(): full for full, short in MODEL_ALIASES.items() for alias in short}
     return aliases.get(name.lower(), name)
-
-
-def _digest_of_weights(model: Any) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        add_tensor(digest, parameter)
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_folder(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for file in content_files(folder):
-        digest.update(f"{file.relative_to(folder).as_posix()}\n".encode())
-        add_file(digest, file)
-    return digest.hexdigest()[:16]

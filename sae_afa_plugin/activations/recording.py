@@ -45,6 +45,7 @@ from sae_afa_plugin.files import (
     add_tensor,
     claimed,
     clear_aside,
+    digest_of_table,
     read_object,
     read_sealed,
     user_given,
@@ -238,7 +239,7 @@ def _plan(source: Activations, hooks: list[str], dtype: str | None) -> _Manifest
         settings = {**settings, "recorded_dtype": dtype}
     about = {hook: {"shape": list(shapes[hook]), "dtype": stored[hook]} for hook in hooks}
     tables = {
-        name: _digest_of_table(table)
+        name: digest_of_table(table)
         for name, table in ((_PLACES, source.places), (_SEQUENCES, source.sequences))
     }
     manifest = _Manifest(settings, about, source.n_tokens, source.n_special, 1, tables)
@@ -297,17 +298,6 @@ def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_table(table: pd.DataFrame) -> str:
-    digest = xxh3_128()
-    for name, column in table.items():
-        digest.update(f"{name}\n".encode())
-        if column.dtype.kind in "iu":
-            digest.update(column.to_numpy(dtype="int64").data)
-        else:
-            digest.update("\0".join(column.astype(str)).encode())
-    return digest.hexdigest()
-
-
 class RecordedActivations(Activations):
     """Activations that :func:`record` has written.
 
@@ -345,7 +335,7 @@ class RecordedActivations(Activations):
 
     def _table(self, name: str) -> pd.DataFrame:
         table = pd.read_parquet(self.folder / name)
-        if _digest_of_table(table) != self._manifest.tables.get(name):
+        if digest_of_table(table) != self._manifest.tables.get(name):
             raise ValueError(f"{name} is not as it was written")
         return table
 

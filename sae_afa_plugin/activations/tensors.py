@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from sae_afa_plugin.activations.base import Activations
-from sae_afa_plugin.files import add_tensor
+from sae_afa_plugin.files import add_tensor, digest_of_table
 
 _AT_ONCE = 1 << 26  # bytes that are read from a source at a time
 
@@ -68,9 +68,18 @@ class TensorActivations(Activations):
         # rows are numbered by where they stand, whatever index they came with
         self._places, self._sequences = places.reset_index(drop=True), sequences
         self._settings = (
-            {"source": "tensors", "content": _digest(tensors)} if (settings is None) else settings
+            {"source": "tensors", "content": self._digest()} if settings is None else settings
         )
         self._n_special, self._model = n_special, model
+
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for hook, acts in sorted(self._tensors.items()):
+            digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}".encode())
+            add_tensor(digest, acts)
+        for table in (self._places, self.sequences):
+            digest.update(digest_of_table(table).encode())
+        return digest.hexdigest()[:16]
 
     @property
     @override
@@ -108,14 +117,6 @@ class TensorActivations(Activations):
     @override
     def read(self, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
         return {hook: self._tensors[hook][start:stop] for hook in hooks}
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for hook, acts in sorted(tensors.items()):
-        digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}".encode())
-        add_tensor(digest, acts)
-    return digest.hexdigest()[:16]
 
 
 def hold(

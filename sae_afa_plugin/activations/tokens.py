@@ -3,22 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
-from datasets import (
-    Dataset,
-    DatasetDict,
-    IterableDataset,
-    IterableDatasetDict,
-    load_dataset,
-    load_from_disk,
-)
-from datasets.exceptions import DatasetsError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,20 +18,19 @@ from sae_afa_plugin._upstream import (
     get_special_token_from_cfg,
     get_special_token_ids,
 )
-from sae_afa_plugin.activations.text import standard_library_texts
-from sae_afa_plugin.files import content_files, user_given
-from sae_afa_plugin.hub import check_readable, offline
+from sae_afa_plugin.activations.documents import (
+    TEXT_COLUMNS,
+    TOKEN_COLUMNS,
+    AnyDataset,
+    documents_of,
+    leaves_out,
+    shown_dataset,
+)
+from sae_afa_plugin.files import user_given
 from sae_afa_plugin.options import flag
 
-AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | IterableDatasetDict | Tensor | Sequence[str] | str | Path"
-
-EMBEDDED_TEXT = "embedded"
-_TOKEN_COLUMNS = ("tokens", "input_ids")
-_TEXT_COLUMNS = ("text", "problem")  # as SAELens's ActivationsStore looks for them
-_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _DATASET, _PART = "NeelNanda/pile-10k", "OpenWebText2"
 _SEPARATORS = ("bos", "eos", "sep", "none")
-_SHUFFLE_BUFFER = 10_000  # documents of a stream that are mixed
 
 
 def _parse_ids(text: str) -> bool | tuple[int, ...]:
@@ -112,7 +101,7 @@ class Protocol:
         limits.text(self, "positions", "subset", none=True)
         ids: Any = self.exclude_special_tokens
         if not isinstance(ids, bool) and not (
-            isinstance(ids, tuple) and all(type(i) is int and i >= 0 for i in ids)
+            isinstance(ids, tuple) and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
         ):
             raise ValueError(
                 "exclude_special_tokens must be True, False or ids of tokens, which are whole "
@@ -354,13 +343,16 @@ def _rows(
         for row in dataset[:, :size]:
             yield _ids(row, "tokens").cpu(), torch.ones(size, dtype=torch.bool)
         return
-    documents = _documents(dataset, protocol, config, split)
+    documents = _part(
+        documents_of(dataset, config, split, protocol.seed if protocol.shuffle else None),
+        protocol.subset,
+    )
     first = next(documents, None)
     if first is None:
         part = "" if protocol.subset is None else f", or has no part {protocol.subset!r}"
-        raise ValueError(f"the dataset {_name(dataset)} is empty{part}")
+        raise ValueError(f"the dataset {shown_dataset(dataset)} is empty{part}")
     documents = chain([first], documents)
-    for column in _TOKEN_COLUMNS:
+    for column in TOKEN_COLUMNS:
         if column in first:
             for document in documents:
                 row = _ids(document[column], column)
@@ -373,16 +365,27 @@ def _rows(
                 if usable.any():
                     yield row[:size], usable
             return
-    for column in _TEXT_COLUMNS:
+    for column in TEXT_COLUMNS:
         if column in first:
             texts = (_text(row[column], column) for row in documents)
             for row in _sequences(model, texts, protocol):
                 yield row, torch.ones(size, dtype=torch.bool)
             return
     raise ValueError(
-        f"the dataset {_name(dataset)} has neither tokens nor text: it has the columns "
-        f"{sorted(first)}, and one of {[*_TOKEN_COLUMNS, *_TEXT_COLUMNS]} is needed"
+        f"the dataset {shown_dataset(dataset)} has neither tokens nor text: it has the columns "
+        f"{sorted(first)}, and one of {[*TOKEN_COLUMNS, *TEXT_COLUMNS]} is needed"
     )
+
+
+def _part(
+    documents: Iterator[Mapping[str, Any]], subset: str | None
+) -> Iterator[Mapping[str, Any]]:
+    """The documents of one part of the Pile, or all where they do not say."""
+    for document in documents:
+        meta = document.get("meta")
+        part = meta.get("pile_set_name") if isinstance(meta, dict) else None
+        if subset is None or part in (None, subset):
+            yield document
 
 
 def _ids(values: Any, column: str) -> Tensor:
@@ -414,28 +417,11 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
-def columns_read(names: Collection[str]) -> list[str]:
-    """The columns of a dataset that decide which tokens are read; none if it has no such.
-
-    Args:
-        names: Of all columns.
-    """
-    tokens = [column for column in _TOKEN_COLUMNS if column in names]
-    texts = [column for column in _TEXT_COLUMNS if column in names]
-    beside = [name for name in names if name == "meta" or (tokens and _leaves_out(name))]
-    return [*(tokens or texts)[:1], *sorted(beside)] if tokens or texts else []
-
-
-def _leaves_out(column: str) -> bool:
-    """Whether a column beside tokens may say of some that they are not to be read."""
-    return "mask" in column or column == "position_ids"
-
-
 def _usable(document: Mapping[str, Any], n: int) -> Tensor:
     """Which of a row's ``n`` tokens its other columns leave: boolean ``[n]``."""
     usable = torch.ones(n, dtype=torch.bool)
     for column, values in document.items():
-        if values is None or not _leaves_out(column):
+        if values is None or not leaves_out(column):
             continue
         mask = torch.as_tensor(values)
         if mask.shape != (n,):
@@ -472,109 +458,21 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
         raise ValueError("the model has no tokenizer: bring a dataset of tokens instead of text")
     protocol, bos = protocol.filled(), model.tokenizer.bos_token_id
     separator: Any = None if protocol.separator == "none" else protocol.separator
+    separator_id = get_special_token_from_cfg(separator, model.tokenizer)
+    if separator_id is None and separator in ("eos", "sep"):
+        raise ValueError(
+            f"the tokenizer has no {separator.upper()} token to stand between documents: choose "
+            "another separator, or 'none'"
+        )
     tokens: Iterator[Tensor] = (
         model.to_tokens(text, prepend_bos=False, truncate=False, move_to_device=False)[0].cpu()
         for text in texts
         if text
     )
-    start = bos if protocol.prepend_bos else None
-    if protocol.concatenate:
-        yield from concat_and_batch_sequences(
-            tokens_iterator=tokens,
-            context_size=protocol.context_size,
-            begin_batch_token_id=start,
-            sequence_separator_token_id=get_special_token_from_cfg(separator, model.tokenizer),
-        )
-        return
-    lead = torch.tensor([] if start is None else [start], dtype=torch.long)
-    for document in tokens:
-        sequence = torch.cat([lead, document])[: protocol.context_size]
-        if len(sequence) == protocol.context_size:
-            yield sequence
-
-
-# --- where documents come from ---
-
-
-def is_saved_dataset(place: Path) -> bool:
-    """Whether this is a folder that ``save_to_disk`` of the library datasets has written."""
-    return any((place / name).exists() for name in ("dataset_info.json", "dataset_dict.json"))
-
-
-def _name(dataset: AnyDataset) -> str:
-    return repr(str(dataset)) if isinstance(dataset, str | Path) else "that was passed"
-
-
-def _documents(
-    dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
-) -> Iterator[Mapping[str, Any]]:
-    name = _name(dataset)
-    if isinstance(dataset, str | Path):
-        place = Path(dataset)
-        if place.is_file() and place.suffix not in (".txt", *_READERS):
-            raise ValueError(
-                f"the file {name} is of no known kind: use .txt or one of {sorted(_READERS)}"
-            )
-        known = place.exists() or str(dataset) == EMBEDDED_TEXT
-        what = "" if known else "neither a local file or folder nor on the hub: it "
-        try:
-            dataset = _open(str(dataset), config, split)
-        # datasets lets IndexError and StopIteration out of empty folders and files
-        except (OSError, ValueError, RuntimeError, DatasetsError, LookupError, StopIteration) as e:
-            raise ValueError(
-                f"the dataset {name} {'is ' + what if what else ''}cannot be read "
-                f"({type(e).__name__}: {e})"
-            ) from e
-    if isinstance(dataset, list | tuple):
-        kinds = sorted({type(text).__name__ for text in dataset} - {"str"})
-        if kinds:
-            raise ValueError(f"a list must hold texts: got {', '.join(kinds)}")
-        dataset = Dataset.from_dict({"text": list(dataset)})
-    if isinstance(dataset, DatasetDict | IterableDatasetDict):
-        if split not in dataset:
-            raise ValueError(
-                f"the dataset has no split {split!r}: it has {sorted(map(str, dataset))}"
-            )
-        dataset = dataset[split]
-    if not isinstance(dataset, Dataset | IterableDataset):
-        raise ValueError(
-            "a dataset must be one of the library datasets, a tensor of tokens, a list of texts, "
-            f"a name or a path: got {type(dataset).__name__}"
-        )
-    if protocol.shuffle and isinstance(dataset, IterableDataset):
-        dataset = dataset.shuffle(seed=protocol.seed, buffer_size=_SHUFFLE_BUFFER)
-    elif protocol.shuffle and isinstance(dataset, Dataset):
-        dataset = dataset.shuffle(seed=protocol.seed)
-    rows: Any = dataset  # IterableDataset tells type checkers of other kinds of rows
-    try:
-        for row in rows:
-            meta = row.get("meta")
-            part = meta.get("pile_set_name") if isinstance(meta, dict) else None
-            if protocol.subset is None or part in (None, protocol.subset):
-                yield row
-    except (OSError, ValueError, DatasetsError) as error:  # a stream is read only now
-        raise ValueError(
-            f"the dataset {name} cannot be read ({type(error).__name__}: {error})"
-        ) from error
-
-
-def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict | IterableDataset:
-    place = Path(dataset)
-    if dataset == EMBEDDED_TEXT:
-        return Dataset.from_dict({"text": standard_library_texts("heldout")})
-    if place.is_file():
-        if place.suffix == ".txt":
-            return Dataset.from_dict({"text": [place.read_text(encoding="utf-8")]})
-        return load_dataset(_READERS[place.suffix], data_files=dataset, split="train")
-    if place.is_dir():
-        if is_saved_dataset(place):
-            return load_from_disk(dataset)
-        files = content_files(place)
-        if files and all(file.suffix == ".txt" for file in files):
-            # each file is a document, as when it is named alone; datasets would make lines of it
-            return Dataset.from_dict({"text": [file.read_text("utf-8") for file in files]})
-        return load_dataset(dataset, config, split=split)
-    if offline():  # a stream has no cache
-        return load_dataset(dataset, config, split=split)
-    check_readable(dataset, "dataset")
-    return load_dataset(dataset, config, split=split, streaming=True)
+    yield from concat_and_batch_sequences(
+        tokens_iterator=tokens,
+        context_size=protocol.context_size,
+        begin_batch_token_id=bos if protocol.prepend_bos else None,
+        sequence_separator_token_id=separator_id,
+        disable_concat_sequences=not protocol.concatenate,
+    )

@@ -14,7 +14,7 @@ from sae_lens.training.activations_store import ActivationsStore
 from typing_extensions import override
 
 from sae_afa_plugin import limits
-from sae_afa_plugin._upstream import ActivationScaler
+from sae_afa_plugin._upstream import ActivationScaler, without_hooks
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.hooks import device_of, known_state
 from sae_afa_plugin.activations.tokens import vocabulary_of
@@ -65,7 +65,7 @@ class _Passes(Accumulator):
             device=device_of(model),
         )
         exclude = self._activations.settings.get("exclude_special_tokens", True)
-        with known_state(model):
+        with known_state(model), without_hooks(self._sae):
             groups, _ = sae_lens.run_evals(
                 sae=self._sae,
                 activation_store=store,
@@ -122,6 +122,11 @@ class Core(MetricGroup):
     def why_not(self, code: LinearCode, activations: Activations) -> str | None:
         if activations.sequences.empty:
             return "SAELens's metrics need the sequences of tokens, and these activations have none"
+        if _some_are_left_out(activations):
+            return (
+                "SAELens's metrics read whole sequences, and of these some tokens are left out (by "
+                "positions or a mask)"
+            )
         if not isinstance(code, SAELensCode):
             return "SAELens's metrics need an SAE of SAELens"
         metadata = code.sae.cfg.metadata
@@ -135,3 +140,12 @@ class Core(MetricGroup):
     def start(self, code: LinearCode, activations: Activations) -> Accumulator:
         assert isinstance(code, SAELensCode)
         return _Passes(code.sae, activations, self)
+
+
+def _some_are_left_out(activations: Activations) -> bool:
+    """Whether tokens are left out that are not special, but for the end of the last sequence."""
+    places = activations.places
+    of_last = places.loc[places["sequence"] == places["sequence"].max(), "position"]
+    behind = int(activations.sequences["position"].max()) - int(of_last.max())
+    read = len(places) + activations.n_special + behind
+    return read < len(activations.sequences)

@@ -80,7 +80,7 @@ class TrainingLog:
         if path is not None and path.exists():
             kept = [
                 f"{line}\n"
-                for line in path.read_text(encoding="utf-8").splitlines()
+                for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                 if (step := _step_of(line)) is not None and step <= first_step
             ]
             write_whole(path, lambda partial: partial.write_text("".join(kept), encoding="utf-8"))
@@ -160,7 +160,7 @@ def read_logs(folders: Iterable[Path]) -> pd.DataFrame:
             json.loads(line)
             for file in files
             if file.is_file()
-            for line in file.read_text(encoding="utf-8").splitlines()
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
             if _step_of(line) is not None
         ]
     )
@@ -169,9 +169,10 @@ def read_logs(folders: Iterable[Path]) -> pd.DataFrame:
 def _step_of(line: str) -> int | None:
     """The step of a line of the log; None for one that was cut off when its run was killed."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return None
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return None  # or is none of ours
+    return step if type(step) is int else None
 
 
 def _finite(value: Any) -> Any:

@@ -404,7 +404,7 @@ def test_results_are_saved_and_loaded(model, tokens, tmp_path):
         ".claims", "results", "results.json", "sae-afa.json", "sequences.parquet", "summary.csv",
     ]  # fmt: skip
     written = json.loads((tmp_path / "results.json").read_text())
-    assert written["schema_version"] == 3
+    assert written["schema_version"] == 4
     assert written["settings"]["seed"] == 42
     assert written["saes"]["a"]["l0_mean"] == pytest.approx(results.summary.loc["a", "l0_mean"])
     assert "L0" not in str(results)
@@ -578,7 +578,7 @@ def the_part(folder, name):
         (lambda f: (f / "results.json").write_text("[]"), "cannot be read: results.json"),
         (
             lambda f: (f / "sae-afa.json").write_text('{"schema_version": 9, "settings": {}}'),
-            "schema_version is 9, this version of sae-afa-plugin reads 3",
+            "schema_version is 9, this version of sae-afa-plugin reads 4",
         ),
         (lambda f: (f / "sae-afa.json").write_text("{"), "sae-afa.json' is damaged"),
         (lambda f: (f / "sae-afa.json").unlink(), "holds no results: it has no sae-afa.json"),
@@ -631,6 +631,20 @@ def test_a_top_afa_sae_is_neither_over_nor_under_activated():
     assert row["welch_bound"] < row["max_abs_cos"]
     assert row["core_ce_loss_score"] < 1
     assert row["core_l0"] == pytest.approx(row["l0_mean"], rel=0.2)
+
+
+@pytest.mark.parametrize("how", ["positions", "mask"])
+def test_saelens_metrics_are_of_whole_sequences(how, capsys):
+    sae = StandardSAE(StandardSAEConfig(d_in=192, d_sae=300))
+    sae.cfg.metadata.hook_name = "blocks.4.hook_resid_pre"
+    masks = [[1] * 32, [1] * 20 + [0] * 12 * (how == "mask") + [1] * 12 * (how != "mask")] * 4
+    tokens = Dataset.from_dict({"tokens": [list(range(5, 37))] * 8, "attention_mask": masks})
+    results = evaluate_saes(
+        {"a": sae}, "sae-afa-demo", tokens, context_size=32, n_tokens=150, core=True,
+        positions="4:" if how == "positions" else None, coherence=False,
+    )  # fmt: skip
+    assert "a: no core: SAELens's metrics read whole sequences" in capsys.readouterr().out
+    assert "core_ce_loss_score" not in results.summary
 
 
 def test_logits_are_no_larger_than_a_block_whatever_the_batch_size(monkeypatch):

@@ -195,6 +195,24 @@ def test_the_energy_budget_adds_up_to_one(seed, d, scale, dtype):
     assert ((shares.sum(0) - 1).abs() <= slack).all()
 
 
+@pytest.mark.parametrize("exponent", [-100, -70, -30, 30, 60, 110])
+def test_numbers_do_not_depend_on_the_unit(exponent):
+    """Squares of float32 leave its range beyond 2^-75 and 2^64."""
+    rng = torch.Generator().manual_seed(0)
+    z, W_dec, b = (torch.randn(*shape, generator=rng) for shape in ((20, 7), (9, 7), (7,)))
+    f = torch.randn(20, 9, generator=rng).clamp(min=0)
+    here, there = (
+        read(z, f, W_dec, b),
+        read(*(t * 2.0**exponent for t in (z, f)), W_dec, b * 2.0**exponent),
+    )
+    for name in here._fields:
+        unit = 2.0**-exponent if name.startswith("norm_") else 1
+        expected, got = getattr(here, name).double(), getattr(there, name).double() * unit
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-5, equal_nan=True), name
+    coherence = dictionary_coherence(W_dec)
+    assert dictionary_coherence(W_dec * 2.0**exponent) == pytest.approx(coherence, rel=1e-5)
+
+
 def test_a_token_at_the_bias_has_no_budget():
     z = torch.tensor([[1.0, 2.0]])
     m = token_metrics(z, torch.zeros(1, 2), torch.zeros(1, 3), z[0])

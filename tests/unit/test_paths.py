@@ -19,7 +19,7 @@ from sae_afa_plugin.activations.tokens import Protocol, sample_tokens
 from sae_afa_plugin.files import user_given, user_path
 from sae_afa_plugin.plots import save_plots
 from sae_afa_plugin.training.coordinator import train_saes
-from sae_afa_plugin.training.log import read_logs
+from sae_afa_plugin.training.log import LOG_FILENAME, TrainingLog, read_logs
 from sae_afa_plugin.training.run import SAETraining
 from sae_afa_plugin.training.runners import LoggedTrainingRunner
 
@@ -118,3 +118,23 @@ def test_what_a_path_means(home):
     with pytest.raises(ValueError, match="the home folder of '~nobody-at-all/x' is not known"):
         user_path("~nobody-at-all/x")
     shutil.rmtree(home)
+
+
+def test_lines_of_a_log_that_are_none_are_passed_over(tmp_path):
+    file = tmp_path / LOG_FILENAME
+    lines = [
+        b'{"step": 1, "a": 5}',
+        b"[1]",
+        b"5",
+        b"null",
+        b'"x"',
+        b'{"step": "x"}',
+        b'{"a": 1}',
+        b"[" * 10_000,
+    ]
+    file.write_bytes(
+        b"\n".join([*lines, b'\xff{"step": 2}', b'{"step": 3, "a": 6}', b'{"step": 4, "a": 7}'])
+    )
+    assert read_logs([tmp_path])[["step", "a"]].values.tolist() == [[1, 5], [3, 6], [4, 7]]
+    TrainingLog(file, first_step=3)
+    assert read_logs([tmp_path])["step"].tolist() == [1, 3]

@@ -528,6 +528,11 @@ def test_the_decoder_of_an_attention_sae_is_linear(name, used_before, tmp_path):
     Reader(sae).check_decoder(x)
 
 
+class Bogus(torch.nn.Module):
+    def forward(self, acts):
+        return acts.bogus
+
+
 @pytest.mark.parametrize("used_before", [True, False])
 @pytest.mark.parametrize("reshape", ["hook_z", "none"])
 @pytest.mark.parametrize("read", ["metric", "check_decoder", "error"])
@@ -546,10 +551,10 @@ def test_the_sae_reshapes_as_before_when_it_has_been_read(reshape, used_before, 
         reader.check_decoder(x)
     else:
         # the SAE's own error, from inside encode
-        sae.hook_sae_acts_pre.add_hook(lambda acts, hook: acts[:, :3].bogus)
+        point, sae.hook_sae_acts_pre = sae.hook_sae_acts_pre, Bogus()
         with pytest.raises(AttributeError, match="bogus"):
             reader(x)
-        sae.reset_hooks()
+        sae.hook_sae_acts_pre = point
     assert (sae.reshape_fn_in, sae.reshape_fn_out, sae.hook_z_reshaping_mode) == before
     assert torch.equal(sae(for_sae), expected)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 from contextlib import suppress
 
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from datasets import IterableDataset
+from helpers.models import tiny_hooked_sae_transformer
 from huggingface_hub import HfApi
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -402,3 +405,82 @@ def test_a_repository_without_a_network_is_one_sentence(monkeypatch):
     monkeypatch.setattr("sae_afa_plugin.sources.HfApi", lambda: HfApi("http://127.0.0.1:9"))
     with pytest.raises(ValueError, match="the hub does not answer|HF_HUB_OFFLINE"):
         sources_of_release("somebody/saes")
+
+
+# --- the same object, or is it? ---
+
+
+def changed_activation(sae):
+    sae.activation_fn = torch.nn.GELU()
+
+
+def changed_class(sae):
+    sae.__class__ = type(
+        "Other", (StandardSAE,), {"encode": lambda self, x: x[:, :1] @ self.W_enc[:1]}
+    )
+
+
+def changed_weights(sae):
+    sae.b_enc.data += 1
+
+
+@pytest.mark.parametrize("change", [changed_activation, changed_class, changed_weights])
+def test_an_sae_that_behaves_otherwise_is_evaluated_again(tmp_path, change):
+    sae = small_sae()
+    before = evaluate({"a": sae}, out=tmp_path / "out").summary.loc["a", "l0_mean"]
+    assert evaluate({"a": sae}, out=tmp_path / "out").summary.loc["a", "l0_mean"] == before
+    change(sae)
+    expected = evaluate({"a": sae}).summary.loc["a", "l0_mean"]
+    assert expected != before
+    assert evaluate({"a": sae}, out=tmp_path / "out").summary.loc["a", "l0_mean"] == expected
+
+
+def test_hooks_left_on_an_sae_and_autocast_change_no_number(tmp_path, capsys):
+    sae, source = small_sae(), TensorActivations({"here": X})
+    expected = evaluate({"a": sae}).summary
+    sae.hook_sae_acts_post.add_hook(lambda acts, hook: acts * 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = evaluate_saes({"a": sae}, activations=source, out=tmp_path / "out")
+    pd.testing.assert_frame_equal(found.summary, expected)
+    assert "a has hooks on hook_sae_acts_post: it is read without them" in capsys.readouterr().out
+    assert len(sae.hook_sae_acts_post.fwd_hooks) == 1
+
+
+def test_which_tokens_are_kept_is_part_of_the_results(tmp_path):
+    model, sae = tiny_hooked_sae_transformer(8), small_sae()
+    sae.cfg.metadata.hook_name = "blocks.1.hook_resid_pre"
+    ids = [list(range(i, i + 8)) for i in range(6)]
+
+    def rows(masked):
+        mask = [int(i in masked) for i in range(8)]
+        return ({"tokens": row, "special_tokens_mask": mask} for row in ids)
+
+    def run(masked, **options):
+        stream = IterableDataset.from_generator(rows, gen_kwargs={"masked": masked})
+        options |= {"n_tokens": 20, "context_size": 8, "exclude_special_tokens": False}
+        return evaluate_saes({"a": sae}, model, stream, progress=False, **options).summary
+
+    before = run({0, 1}, out=tmp_path / "out")
+    pd.testing.assert_frame_equal(run({0, 1}, out=tmp_path / "out"), before)
+    with pytest.raises(ValueError, match="the dataset gives other tokens than those"):
+        run({5, 6}, out=tmp_path / "out")
+    places = pd.DataFrame({"sequence": 0, "position": range(40)})
+    one, other = (TensorActivations({"here": X}, p) for p in (places, places + 1))
+    assert one.settings == TensorActivations({"here": X}, places).settings != other.settings
+
+
+def test_a_run_that_fails_leaves_the_users_files(tmp_path):
+    out = tmp_path / "out"
+    evaluate({"a": small_sae()}, out=out)
+    for folder in (out / "results").iterdir():
+        shutil.rmtree(folder)
+    mine = [out / "results" / "notes.txt", out / "results" / "backup" / "b", out / ".claims" / "c"]
+    for file in mine:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("mine")
+    sae = small_sae()
+    sae.cfg.metadata.hook_name = "elsewhere"
+    with pytest.raises(ValueError, match="has no hook 'elsewhere'"):
+        evaluate({"a": sae}, out=out)
+    assert [file.read_text() for file in mine] == ["mine"] * 3
+    assert evaluate({"a": small_sae()}, out=out).summary.loc["a", "tokens"] == 40

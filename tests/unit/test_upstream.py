@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import sae_lens
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from helpers.models import gpt2_tokenizer, tiny_gpt2, tiny_hooked_sae_transformer
 from sae_lens import (
     BatchTopKTrainingSAE,
@@ -167,6 +167,15 @@ def check_dataset_fingerprint():
         Dataset.from_dict({"a": [1, 2]})
     )
     assert _upstream.dataset_fingerprint(one) != _upstream.dataset_fingerprint(other)
+
+
+def check_datasets_cache(tmp_path):
+    (tmp_path / "a.csv").write_text("a\n1\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+        assert _upstream.datasets_cache() == tmp_path
+        load_dataset("csv", data_files=str(tmp_path / "a.csv"), split="train")
+    assert (tmp_path / "csv").is_dir()
 
 
 def check_encodes_batches():

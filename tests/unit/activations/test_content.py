@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, concatenate_datasets, load_from_disk
 
 from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.activations.content import content_of, revision_of
-from sae_afa_plugin.activations.tokens import columns_read
+from sae_afa_plugin.activations.documents import columns_read
 from sae_afa_plugin.files import content_files
 
 TEXTS = [f"text {n} " * 3 for n in range(2500)]

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.models import tiny_hooked_sae_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from sae_afa_plugin._upstream import HookedProxyLM
 from sae_afa_plugin.activations.hooks import known_state, unusual_state
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
-from sae_afa_plugin.activations.models import load_language_model, shared_model, why_not_loaded
+from sae_afa_plugin.activations.models import (
+    load_language_model,
+    model_identity,
+    shared_model,
+    why_not_loaded,
+)
 from sae_afa_plugin.activations.tokens import Protocol
 
 
@@ -176,3 +188,73 @@ def test_an_error_restores_it_too():
     with pytest.raises(RuntimeError, match="in between"):
         read_and_fail()
     assert len(unusual_state(model)) == 2
+
+
+def test_attached_saes_are_said():
+    model = tiny_hooked_sae_transformer(16)
+    sae = StandardSAE(StandardSAEConfig(d_in=16, d_sae=20))
+    sae.cfg.metadata.hook_name = "blocks.0.hook_resid_post"
+    model.add_sae(sae)
+    with pytest.raises(ValueError, match=r"has SAEs attached at blocks.0.*model.reset_saes\(\)"):
+        _read(model, ["blocks.1.hook_resid_post"])
+    model.reset_saes()
+    _read(model, ["blocks.1.hook_resid_post"])
+
+
+def test_autocast_does_not_change_what_is_read():
+    model, hooks = tiny_hooked_sae_transformer(16), ["blocks.1.hook_resid_post"]
+    plain = _read(model, hooks)[hooks[0]]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_read(model, hooks)[hooks[0]], plain)
+        assert unusual_state(model) == [
+            "autocast is on: the model and the SAEs are read without it"
+        ]
+        assert torch.is_autocast_enabled("cpu")
+
+
+IDENTITIES = """
+import json, sys
+import torch
+from test_models import _dropping, tiny_hooked_sae_transformer
+from sae_afa_plugin.activations.embedded import load_embedded_model
+from sae_afa_plugin.activations.models import model_identity
+from transformer_lens.model_bridge import TransformerBridge
+
+torch.manual_seed(0)
+found = [tiny_hooked_sae_transformer(16), _dropping(), load_embedded_model()]
+print(json.dumps([model_identity(model, {})["model_content"] for model in found]))
+"""
+
+
+def test_an_objects_identity_is_what_decides_its_numbers():
+    """The same in any process, after use and in any state; another for any other behaviour."""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, *sys.path])}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", IDENTITIES], env={**environment, "PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        )
+        for seed in "12"
+    ]  # fmt: skip
+    assert runs[0].stdout == runs[1].stdout
+    model = tiny_hooked_sae_transformer(16)
+
+    def identity():
+        return model_identity(model, {})["model_content"]
+
+    found = [identity()]
+    assert json.loads(runs[0].stdout)[0] == found[0]
+    _read(model, ["blocks.1.hook_resid_post"])
+    model.train()
+    model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda tensor, hook: tensor)
+    assert identity() == found[0]
+    model.blocks[0].mlp.act_fn = torch.nn.functional.relu
+    found.append(identity())
+    model.blocks[1].attn.attn_scale *= 2
+    found.append(identity())
+    model.blocks[1].attn.IGNORE.fill_(0.0)  # a buffer: it looks ahead
+    found.append(identity())
+    model.W_E.data[0, 0] += 1
+    found.append(identity())
+    assert len(set(found)) == len(found)

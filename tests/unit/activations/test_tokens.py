@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, IterableDatasetDict
+from sae_lens.training.activations_store import ActivationsStore
 
 from sae_afa_plugin.activations.embedded import load_embedded_model
 from sae_afa_plugin.activations.text import standard_library_texts
@@ -292,3 +293,29 @@ def test_what_is_no_dataset_for_this_model_is_said(model, dataset, message):
 def test_texts_that_are_missing_are_no_texts(model):
     with_none = Dataset.from_dict({"text": [None, *TEXTS]})
     assert torch.equal(sample(model, with_none).tokens, sample(model, TEXTS).tokens)
+
+
+def test_a_document_with_bos_gets_no_second_one(model):
+    """As SAELens's ActivationsStore reads them, whether documents are put in a row or not."""
+    bos = model.tokenizer.bos_token_id
+    text = model.tokenizer.decode([bos]) + TEXTS[0]
+    assert model.to_tokens(text, prepend_bos=False)[0, 0] == bos
+    for document in (text, TEXTS[0]):
+        for size in (8, 9):
+            found = sample(
+                model, [document], context_size=size, prepend_bos=True, concatenate=False
+            )
+            store = ActivationsStore.from_config_multi_hook(
+                model=model, dataset=Dataset.from_dict({"text": [document]}).to_iterable_dataset(),
+                hook_names=["blocks.0.hook_resid_pre"], hook_d_ins={"blocks.0.hook_resid_pre": 192},
+                context_size=size, disable_concat_sequences=True, prepend_bos=True,
+            )  # fmt: skip
+            expected = next(store._iterate_tokenized_sequences())
+            assert found.tokens.tolist() == [expected.tolist()]
+            assert (found.tokens == bos).sum() == 1
+
+
+def test_a_separator_that_the_tokenizer_does_not_have(model):
+    assert model.tokenizer.sep_token is None
+    with pytest.raises(ValueError, match="has no SEP token to stand between documents: choose"):
+        sample(model, TEXTS, separator="sep")
