@@ -20,6 +20,8 @@ TORCH ?= torch
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints" + "-lowest" * (sys.version_info < (3, 11)) + ".txt")')
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
+# a process for each core, each with one thread; what a file shares is made in one of them
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 # bytecode is made of what is used, when it is first used: so it has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 # two stages: what the demo needs, and on top of it what everything else needs
@@ -46,15 +48,15 @@ demo: $(DEMO)
 	$(BIN)/sae-afa demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 fuzz: $(INSTALLED)
-	CONFIGS=2000 FOLDERS=500 NAMES=500 ROWS=14000 KILLS=1 $(BIN)/python -m pytest \
+	CONFIGS=2000 FOLDERS=500 NAMES=500 ROWS=14000 KILLS=1 $(PYTEST) \
 	  tests/unit/test_wrong_files.py tests/unit/test_damages.py tests/unit/test_printable.py \
 	  tests/unit/test_kills.py tests/unit/training/test_coordinator.py tests/unit/rules/test_operator.py
 
 fast: $(INSTALLED)
-	$(BIN)/python -m pytest -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs
+	$(PYTEST) -m 'not slow' tests/unit tests/e2e/test_docs.py sae_afa_plugin README.md docs
 
 tutorials: $(INSTALLED)
 	$(BIN)/python -m pytest tutorials

@@ -66,6 +66,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.pretrained.weight_conversions.gpt2 import convert_gpt2_weights
 from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
+from transformer_lens.utilities.activation_functions import SUPPORTED_ACTIVATIONS
 from transformers import dynamic_module_utils
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "SAE_TRAINING_CLASS_REGISTRY",
     "SAE_WEIGHTS_FILENAME",
     "SPARSITY_FILENAME",
+    "SUPPORTED_ACTIVATIONS",
     "TRAINER_STATE_FILENAME",
     "ActivationScaler",
     "HookedProxyLM",

@@ -202,12 +202,34 @@ def as_trained(
         if isinstance(dataset, Tensor):
             size = min(size, dataset.shape[-1])
         elif protocol == "default":
+            left = _of_usual_length(size, left, refused)
             size = _context_size(size, left, found.get("positions"), say)
     filled = replace(which, context_size=size).filled(**found)
     for name in ("positions", "concatenate", "separator"):
         if getattr(filled, name) != getattr(usual, name) and name in found:
             say(f"{name} is {getattr(filled, name)!r}, as the SAEs were trained")
     return left, filled, dataset
+
+
+def _of_usual_length(
+    size: int, sources: Sequence[SAESource], refused: dict[str, str]
+) -> list[SAESource]:
+    """The SAEs but for those that most others would have to be read in shorter sequences for."""
+    lengths = {
+        source.name: min(size, source.metadata.get("context_size") or size) for source in sources
+    }
+    common = max(lengths.values(), key=list(lengths.values()).count)
+
+    def too_short(source: SAESource) -> str | None:
+        own = lengths[source.name]
+        if own >= common:
+            return None
+        return (
+            f"it was trained on {own} tokens in a row, most of the SAEs here on {common} or more: "
+            "evaluate it by itself, or pass context_size for all of them (--context-size)"
+        )
+
+    return left_over(sources, too_short, refused)
 
 
 def _context_size(

@@ -193,11 +193,16 @@ def _record(args: argparse.Namespace) -> None:
 
 def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Folders by their last part, or by the whole path where that is not enough."""
-    last = [folder.resolve().name for folder in folders]
-    return {
-        printable(name if last.count(name) == 1 else str(folder)): folder
+    last = [printable(folder.resolve().name) for folder in folders]
+    names = [
+        name if last.count(name) == 1 else printable(str(folder))
         for name, folder in zip(last, folders, strict=True)
-    }
+    ]
+    found = dict(zip(names, folders, strict=True))
+    if len(found) < len({folder.resolve() for folder in folders}):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two folders are both shown as {twice!r}: rename one of them")
+    return found
 
 
 def _demo(model: str, out: Path) -> None:

@@ -126,6 +126,8 @@ def evaluate_sources(
 ) -> AFAResults:
     """What :func:`evaluate_saes` and :func:`evaluate_release` share; see there."""
     model, dataset, activations = map(user_given, (model, dataset, activations))
+    if out is not None and not str(out).strip():
+        raise ValueError("out must not be empty: name a folder, or pass None to keep nothing")
     names = [source.name for source in sources]
     if not names or len(set(names)) != len(names):
         raise ValueError(f"SAEs need names of their own: got {names}")
@@ -181,6 +183,9 @@ def evaluate_sources(
             return wrong_processing(settings, source)
 
         readable = left_over(readable, not_for_these, refused)
+    given: Sequence[Any] = groups
+    if strangers := [group for group in given if not isinstance(group, MetricGroup)]:
+        raise ValueError(f"groups must be groups of metrics, KnownTruth() say: got {strangers}")
     all_groups = [*how.groups(), *groups]
     if len({group.name for group in all_groups}) < len(all_groups):
         raise ValueError(f"groups need names of their own: {[g.name for g in all_groups]}")

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
@@ -66,6 +67,24 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         with (aside / path.name).open("rb+") as file:
             os.fsync(file.fileno())
         (aside / path.name).replace(path)
+
+
+OURS = "sae-afa-plugin"  # stands in each figure and page that is written
+
+
+def check_ours(path: Path) -> None:
+    """Make sure that a figure or page takes nobody's place.
+
+    Args:
+        path: Where it is to be written.
+
+    Raises:
+        ValueError: If there is a file that this package has not written.
+    """
+    if path.is_file() and not path.is_symlink() and OURS.encode() not in path.read_bytes():
+        raise ValueError(
+            f"{str(path)!r} was not written by sae-afa: choose another place, or move it away"
+        )
 
 
 @contextmanager
@@ -233,7 +252,7 @@ def digest_of_table(table: pd.DataFrame) -> str:
     for name, column in table.items():
         digest.update(f"{name}\n".encode())
         if column.dtype.kind in "iu":
-            digest.update(column.to_numpy(dtype="int64").data)
+            digest.update(np.ascontiguousarray(column.to_numpy(dtype="int64")).data)
         else:
             digest.update("\0".join(column.astype(str)).encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from sae_afa_plugin import limits
+from sae_afa_plugin._upstream import DTYPE_MAP
 from sae_afa_plugin.activations.tokens import PROTOCOLS, Protocol
 from sae_afa_plugin.groups.afa import AFA
 from sae_afa_plugin.groups.base import MetricGroup
@@ -72,6 +73,8 @@ class Evaluation:
         limits.whole(self, "batch_size_prompts", "memory_budget", "core_tokens", at_least=1)
         limits.truth(self, "coherence", "core", "trust_remote_code", "progress")
         limits.dtype_and_device(self, none=True)
+        # one name for each, which settings keep
+        object.__setattr__(self, "dtype", str(DTYPE_MAP[self.dtype]).removeprefix("torch."))
         if self.device is not None:
             try:
                 torch.empty(0, device=self.device).cpu()  # which "meta" cannot do
@@ -95,8 +98,8 @@ class Evaluation:
 
 def sorted_options(protocol: Any, given: Mapping[str, Any]) -> tuple[Protocol, Evaluation]:
     """Sort the options into those about tokens and those about the evaluation."""
-    if isinstance(protocol, str):
-        if protocol not in PROTOCOLS:
+    if not isinstance(protocol, Protocol):
+        if not isinstance(protocol, str) or protocol not in PROTOCOLS:
             raise ValueError(f"protocol must be one of {sorted(PROTOCOLS)}: got {protocol!r}")
         protocol = PROTOCOLS[protocol]
     known = {cls: [f.name for f in dataclass_fields(cls)] for cls in (Protocol, Evaluation)}

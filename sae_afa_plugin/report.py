@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from sae_afa_plugin import plots
 from sae_afa_plugin.activations.contexts import shown_text
 from sae_afa_plugin.commands import evaluate_commands, shell_lines
-from sae_afa_plugin.files import user_path, write_whole
+from sae_afa_plugin.files import check_ours, user_path, write_whole
 from sae_afa_plugin.groups.afa import SHARES, energy_sentence
 from sae_afa_plugin.results import REPORT_FILENAME, AFAResults
 from sae_afa_plugin.tables import shown, shown_columns
@@ -43,10 +43,14 @@ def write_report(results: AFAResults, path: str | Path, n_points: int = _POINTS)
 
     Returns:
         The file.
+
+    Raises:
+        ValueError: If there is a file that this package has not written.
     """
     path = user_path(path)
     if path.is_dir():
         path = path / REPORT_FILENAME
+    check_ours(path)
     page = render_report(results, n_points)
     # names of folders may hold bytes that are no UTF-8
     content = page.encode(errors="backslashreplace")

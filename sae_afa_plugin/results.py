@@ -59,6 +59,13 @@ class AFAResults:
         results._parts, results._store = parts, store
         return results
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._temporary is None:
+            return vars(self)
+        # a copy in another process has no folder that vanishes with this one
+        tables = {"_tokens": self.tokens, "_sequences": self.sequences}
+        return {**vars(self), **tables, "_parts": {}, "_store": None, "_temporary": None}
+
     def keep(self, temporary: tempfile.TemporaryDirectory[str]) -> None:
         """Keep a temporary folder, in which the tables lie, as long as these results."""
         self._temporary = temporary
@@ -155,7 +162,7 @@ class AFAResults:
         """
         folder = user_path(folder)
         if self._store is not None and folder.resolve() == self._store.folder.resolve():
-            write_index(self._store, self.summary, self._parts, self.metadata)
+            self._write_beside_others(self._store, self._parts)
             return
         store = Store(folder, self.metadata.get("settings", {}))
         store.begin(self.sequences, self._store.places_digest if self._store else None)
@@ -175,7 +182,40 @@ class AFAResults:
                 fingerprint = fingerprints.get(name, "")
                 key = store.key(fingerprint, "afa")
                 copied["afa"] = store.add(name, "afa", key, fingerprint, {}, result)
-        write_index(store, self.summary, parts, self.metadata)
+        self._write_beside_others(store, parts)
+
+    def _write_beside_others(self, store: Store, parts: Parts) -> None:
+        """Bring the index of a store up to date, and leave what it says of other SAEs."""
+        with store.alone():
+            try:
+                before = read_index(store)
+            except ValueError:  # damaged: it is made anew
+                before = None
+            of_others, summary, metadata = before or ({}, pd.DataFrame(), {})
+            names = {str(name) for name in self.summary.index}
+            others = [name for name in of_others if name not in names]
+            own = self.metadata
+            merged = {
+                **own,
+                "fingerprints": {
+                    name: fingerprint
+                    for of in (metadata, own)
+                    for name, fingerprint in of.get("fingerprints", {}).items()
+                    if name in {*names, *others}
+                },
+                "refused": {
+                    name: reason
+                    for of in (metadata, own)
+                    for name, reason in of.get("refused", {}).items()
+                    if name not in {*names, *others}
+                },
+            }
+            write_index(
+                store,
+                pd.concat([self.summary, summary.loc[others]]) if others else self.summary,
+                {**parts, **{name: of_others[name] for name in others}},
+                merged,
+            )
 
     @classmethod
     def load(cls, folder: str | Path) -> AFAResults:
@@ -359,6 +399,10 @@ def update_index(
             },
         }
         summary = summary_of(parts)
+        if before is not None:  # columns that somebody has added
+            kept = before[1].loc[[name for name in before[1].index if name in parts]]
+            for column in kept.columns.difference(summary.columns, sort=False):
+                summary[column] = kept[column]
         write_index(store, summary, parts, metadata)
     return AFAResults._of_store(store, parts, summary, metadata)
 

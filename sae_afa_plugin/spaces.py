@@ -290,6 +290,11 @@ class LinearCode(ABC):
             raise ValueError(
                 "the AFA metric needs float64, which MPS does not have: move the SAE to the CPU"
             )
+        if n_bad := int((~W_dec.detach().isfinite().all(-1)).sum()):
+            raise ValueError(
+                f"{n_bad} of the {len(W_dec)} decoder rows are NaN or infinite: the SAE has diverged "
+                "or its file is damaged"
+            )
         dtype = torch.promote_types(W_dec.dtype, torch.float32)
         self.W_dec, self.b_dec = W_dec.detach().to(dtype), b_dec.detach().to(dtype)
         self.norms = exact_norm(self.W_dec).to(dtype)

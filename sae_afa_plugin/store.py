@@ -30,6 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
@@ -143,6 +144,7 @@ class Store:
         self.folder = user_path(folder)
         self._sequences_digest, self.places_digest = "", None
         self._begun = False  # by this process
+        self._found = self.folder.is_dir()
         marker = self.folder / MARKER_FILENAME
         if marker.exists():
             self.settings = self._read_marker(marker)
@@ -235,8 +237,9 @@ class Store:
             places: A digest of where those stand that are evaluated; None: not known.
 
         Raises:
-            ValueError: If the folder has others.
+            ValueError: If the folder has others, or sequences are not all of one length.
         """
+        _check_sequences(sequences)
         with self._lock(_OF_FOLDER):
             if not (self.folder / MARKER_FILENAME).is_file():
                 write_whole(self.folder / SEQUENCES_FILENAME, sequences.to_parquet)
@@ -279,7 +282,8 @@ class Store:
             if self._begun:
                 for name in (MARKER_FILENAME, SEQUENCES_FILENAME):
                     (self.folder / name).unlink(missing_ok=True)
-            self.folder.rmdir()
+            if not self._found:
+                self.folder.rmdir()
 
     # --- results ---
 
@@ -296,7 +300,7 @@ class Store:
     def _beginning(self, sae: str) -> str:
         """How the folders of an SAE's results begin: letters that any system takes, no pattern."""
         slug = re.sub(r"[^A-Za-z0-9._-]+", "_", sae).strip("._")[:60] or "sae"
-        name = hashlib.sha256(sae.encode()).hexdigest()[:6]
+        name = hashlib.sha256(sae.encode()).hexdigest()[:12]
         return f"{slug}-{name}."
 
     def _place(self, sae: str, group: str, key: str) -> Path:
@@ -453,6 +457,22 @@ class Store:
         """Wait until no other process writes the index."""
         with self._lock("index"):
             yield
+
+
+def _check_sequences(sequences: pd.DataFrame) -> None:
+    """Tokens are looked up by their sequence and position, in tables and pages."""
+    if sequences.empty:
+        return
+    size = int(sequences["position"].max()) + 1
+    number = np.arange(len(sequences))
+    if len(sequences) % size or not (
+        np.array_equal(sequences["sequence"], number // size)
+        and np.array_equal(sequences["position"], number % size)
+    ):
+        raise ValueError(
+            "sequences must all have the same number of tokens and be numbered 0, 1, 2, ... in "
+            "order, positions as well: pad them, and leave the padding out of places"
+        )
 
 
 def _write_table(table: pd.DataFrame, path: Path) -> None:

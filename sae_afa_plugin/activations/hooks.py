@@ -67,9 +67,14 @@ def stop_layer(hook_names: Iterable[str]) -> int | None:
 
 @contextmanager
 def without_autocast() -> Generator[None]:
-    """Compute in the dtypes that things have, whatever block of ``torch.autocast`` this is in."""
-    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        yield
+    """Compute in the dtypes that things have, whatever somebody has set for this process."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -99,16 +104,22 @@ def known_state(model: Any) -> Generator[None]:
             f"the model has SAEs attached at {', '.join(map(str, attached))}, which would change "
             "what is read: call model.reset_saes() first"
         )
+    with torch.no_grad(), without_autocast(), without_hooks(model), not_training(model):
+        yield
+
+
+@contextmanager
+def not_training(module: nn.Module) -> Generator[None]:
+    """Run a module without dropout and with the statistics it has, and put it back as it was."""
     # only what has to change: setting every flag of a TransformerBridge takes 13 ms
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
-        with torch.no_grad(), without_autocast(), without_hooks(model):
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True
 
 
 def unusual_state(model: Any) -> list[str]:

@@ -199,13 +199,23 @@ def load_language_model(
             the SAEs need it, or a repository comes with Python that is not trusted.
     """
     name = str(model or wanted["model_name"])
+    kwargs = wanted["model_from_pretrained_kwargs"]
+    for key, value in kwargs.items():
+        if key in _DECIDES and type(value) is not _DECIDES[key]:
+            raise ValueError(f"{key} must be {_DECIDES[key].__name__}: got {value!r}")
     if name == EMBEDDED_NAME:
-        return load_embedded_model(device)
+        return load_embedded_model(device, **_that_count(kwargs))
     if not Path(name).is_dir() and (_is_known(name) or "/" in name):
-        check_readable(_repository(name))
+        check_readable(_official(name))
     with nullcontext() if trust_remote_code else never_asking_for_remote_code():
         try:
             return _load(name, wanted, hook_names, device, trust_remote_code)
+        except TypeError as error:  # a keyword that nobody takes
+            if not kwargs:
+                raise
+            raise ValueError(
+                f"the model {name!r} cannot be loaded with {kwargs} ({error})"
+            ) from error
         except ValueError as error:
             if "custom code" not in str(error):
                 raise
@@ -254,7 +264,11 @@ def _from_folder(
     if AutoConfig.from_pretrained(folder, **trust).model_type == "gpt2":
         hf_model = GPT2LMHeadModel.from_pretrained(folder)
         return hooked_gpt2(
-            hf_model, AutoTokenizer.from_pretrained(folder), folder.name, device, **kwargs
+            hf_model,
+            AutoTokenizer.from_pretrained(folder),
+            folder.name,
+            device,
+            **_that_count(kwargs),
         )
     if kwargs:
         raise ValueError(
@@ -262,6 +276,17 @@ def _from_folder(
             f"for the folder {str(folder)!r}: load the model yourself and pass the object"
         )
     return TransformerBridge.boot_transformers(str(folder), device=device, **trust)
+
+
+def _that_count(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what changes no activation of a model that is at hand, in float32 and whole."""
+    beside = {"default_prepend_bos", "default_padding_side", "revision", "device"}
+    as_it_is = {"dtype": ("float32", "torch.float32"), "torch_dtype": ("float32", "torch.float32")}
+    return {
+        key: value
+        for key, value in kwargs.items()
+        if key not in beside and value not in as_it_is.get(key, ())
+    }
 
 
 def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +310,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
         kwargs = wanted.get("model_from_pretrained_kwargs") or {}
         folder = ASSETS if name == EMBEDDED_NAME else Path(name) if Path(name).is_dir() else None
         return {
-            "model": name,
+            "model": name if folder is not None else _official(name),
             "model_class_name": wanted.get("model_class_name"),
             "model_kwargs": kwargs,
             "model_argument": None if model is None else name,
@@ -313,10 +338,10 @@ def model_revision(model: Any, wanted: Mapping[str, Any]) -> str | None:
     name, kwargs = str(model or wanted["model_name"]), wanted["model_from_pretrained_kwargs"] or {}
     if name == EMBEDDED_NAME or Path(name).is_dir() or any("checkpoint" in key for key in kwargs):
         return None  # known by its content, or one of many revisions that TransformerLens chooses
-    return commit_of(_repository(name), revision=kwargs.get("revision"))
+    return commit_of(_official(name), revision=kwargs.get("revision"))
 
 
-def _repository(name: str) -> str:
-    """The repository on the hub that TransformerLens reads a model of this name from."""
+def _official(name: str) -> str:
+    """What TransformerLens calls a model, the repository on the hub that it reads it from."""
     aliases = {alias.lower(): full for full, short in MODEL_ALIASES.items() for alias in short}
     return aliases.get(name.lower(), name)

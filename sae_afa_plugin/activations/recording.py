@@ -33,7 +33,7 @@ from xxhash import xxh3_128
 
 from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site, different_settings
-from sae_afa_plugin.activations.hooks import wanted_hooks
+from sae_afa_plugin.activations.hooks import device_of, known_state, stop_layer, wanted_hooks
 from sae_afa_plugin.activations.models import (
     load_language_model,
     shared_model,
@@ -58,6 +58,7 @@ FORMAT_VERSION = 2
 MANIFEST_FILENAME = "manifest.json"
 _PLACES, _SEQUENCES = "places.parquet", "sequences.parquet"
 _SHARD_BYTES = 1 << 28
+_OTHER_MODEL = 0.02  # of the norm; another device or a recording in bfloat16 is less
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -371,7 +372,42 @@ class RecordedActivations(Activations):
 
     @cached_property
     def model(self) -> Any | None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The language model, loaded when it is first asked for."""
+        """The language model, loaded when it is first asked for.
+
+        Raises:
+            ValueError: If it does not give what was recorded.
+        """
+        model = self._loaded()
+        if model is not None:
+            self._check_model(model)
+        return model
+
+    def _check_model(self, model: Any) -> None:
+        """Run the model on the first sequence, and compare."""
+        of_first = (self._places["sequence"] == 0) if "position" in self._places else None
+        hook = next((hook for hook in self.hook_names() if hook in model.hook_dict), None)
+        if of_first is None or not of_first.any() or hook is None:
+            return
+        tokens = self._sequences.loc[self._sequences["sequence"] == 0, "token_id"].tolist()
+        recorded = self.read([hook], 0, int(of_first.sum()))[hook].flatten(1).float()
+        with known_state(model):
+            cache = model.run_with_cache(
+                torch.tensor(tokens, dtype=torch.long, device=device_of(model))[None],
+                names_filter=[hook],
+                stop_at_layer=stop_layer([hook]),
+                prepend_bos=False,
+            )[1]
+        rows = self._places.loc[of_first, "position"].tolist()
+        found = cache[hook][0, rows].flatten(1).cpu().float()
+        off = (found - recorded).norm() / recorded.norm() if found.shape == recorded.shape else 1.0
+        if not off < _OTHER_MODEL:
+            raise ValueError(
+                f"the model does not give what the recording in {str(self.folder)!r} holds (at "
+                f"{hook} it is {100 * float(off):.0f} % off): pass the one that was recorded, "
+                f"{self.settings.get('model')!r}, processed as it was then"
+            )
+
+    def _loaded(self) -> Any | None:
         if not isinstance(self._given, str | Path):
             return self._given
         said = {  # by whoever made the recording

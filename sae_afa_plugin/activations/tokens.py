@@ -264,13 +264,17 @@ def sample_tokens(
     masks: list[Tensor] = []
     n_kept = n_special = 0
     with tqdm(total=protocol.n_tokens, desc="Tokens", unit="tok", disable=not progress) as bar:
-        for row, wanted in _rows(model, dataset, protocol, dataset_config, split):
+        for row, wanted, told_special in _rows(model, dataset, protocol, dataset_config, split):
             _check_ids(row, vocabulary)
+            wanted = wanted.clone()
             if protocol.positions == "last":  # of what is no padding
                 wanted[: wanted.nonzero().amax()] = False
             else:
                 wanted[not_chosen] = False
-            is_special = wanted & torch.isin(row, special)
+            is_special = torch.isin(row, special)
+            if protocol.exclude_special_tokens is True:
+                is_special |= told_special
+            is_special &= wanted
             mask = wanted & ~is_special
             surplus = n_kept + int(mask.sum()) - protocol.n_tokens
             if surplus > 0:
@@ -331,9 +335,10 @@ def _check_ids(row: Tensor, vocabulary: int | None) -> None:
 
 def _rows(
     model: Any, dataset: AnyDataset, protocol: Protocol, config: str | None, split: str
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Sequences of exactly context_size tokens, and which of them are no padding: some."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Sequences of exactly context_size tokens; which are no padding: some; which are special."""
     size = protocol.context_size
+    everything, nothing = torch.ones(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
     if isinstance(dataset, Tensor):
         if dataset.ndim != 2 or dataset.shape[1] < size:
             raise ValueError(
@@ -341,7 +346,7 @@ def _rows(
                 "pass the right context_size"
             )
         for row in dataset[:, :size]:
-            yield _ids(row, "tokens").cpu(), torch.ones(size, dtype=torch.bool)
+            yield _ids(row, "tokens").cpu(), everything, nothing
         return
     documents = _part(
         documents_of(dataset, config, split, protocol.seed if protocol.shuffle else None),
@@ -361,15 +366,15 @@ def _rows(
                         f"the column {column!r} has a sequence of {len(row)} tokens, fewer than "
                         f"context_size={size}: pass context_size={len(row)} or less"
                     )
-                usable = _usable(document, len(row))[:size]
+                usable, is_special = (mask[:size] for mask in _masks(document, len(row)))
                 if usable.any():
-                    yield row[:size], usable
+                    yield row[:size], usable, is_special
             return
     for column in TEXT_COLUMNS:
         if column in first:
             texts = (_text(row[column], column) for row in documents)
             for row in _sequences(model, texts, protocol):
-                yield row, torch.ones(size, dtype=torch.bool)
+                yield row, everything, nothing
             return
     raise ValueError(
         f"the dataset {shown_dataset(dataset)} has neither tokens nor text: it has the columns "
@@ -417,19 +422,21 @@ def _text(value: Any, column: str) -> str:
     return value
 
 
-def _usable(document: Mapping[str, Any], n: int) -> Tensor:
-    """Which of a row's ``n`` tokens its other columns leave: boolean ``[n]``."""
-    usable = torch.ones(n, dtype=torch.bool)
+def _masks(document: Mapping[str, Any], n: int) -> tuple[Tensor, Tensor]:
+    """Which of a row's ``n`` tokens its other columns leave, and which they call special."""
+    usable, is_special = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool)
     for column, values in document.items():
         if values is None or not leaves_out(column):
             continue
-        mask = torch.as_tensor(values)
-        if mask.shape != (n,):
-            raise ValueError(
-                f"the column {column!r} must have one entry for each token: got shape "
-                f"{tuple(mask.shape)} for {n} tokens"
-            )
+        mask = _numbers(values, column, n)
+        if mask is None:
+            continue
         if column == "attention_mask":
+            if not torch.isin(mask, torch.tensor([0, 1])).all():
+                raise ValueError(
+                    f"attention_mask must hold 0 and 1: got {sorted(set(mask.tolist()))[:5]}, which "
+                    "may number documents in one row; cut the rows where documents begin"
+                )
             real = mask.bool()
             if not real[: int(real.sum())].all():
                 raise ValueError(
@@ -438,7 +445,7 @@ def _usable(document: Mapping[str, Any], n: int) -> Tensor:
                 )
             usable &= real
         elif column == "special_tokens_mask":
-            usable &= ~mask.bool()
+            is_special |= mask.bool()
         elif column == "position_ids":
             if not torch.equal(mask.long(), torch.arange(n)):
                 raise ValueError(
@@ -450,7 +457,26 @@ def _usable(document: Mapping[str, Any], n: int) -> Tensor:
                 f"the column {column!r} leaves tokens out, and what it means is not known here: "
                 "apply it and remove it, or call it attention_mask or special_tokens_mask"
             )
-    return usable
+    return usable, is_special
+
+
+def _numbers(values: Any, column: str, n: int) -> Tensor | None:
+    """A column that may leave tokens out; None for one that holds something else, a text say."""
+    known = column in ("attention_mask", "special_tokens_mask", "position_ids")
+    try:
+        mask = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        if not known:
+            return None
+        raise ValueError(
+            f"the column {column!r} must hold a number for each token: got {str(values)[:60]}"
+        ) from None
+    if mask.shape != (n,):
+        raise ValueError(
+            f"the column {column!r} must have one entry for each token: got shape "
+            f"{tuple(mask.shape)} for {n} tokens"
+        )
+    return mask
 
 
 def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator[Tensor]:
@@ -469,6 +495,11 @@ def _sequences(model: Any, texts: Iterable[str], protocol: Protocol) -> Iterator
         for text in texts
         if text
     )
+    if protocol.prepend_bos and bos is not None and protocol.context_size < 2:
+        raise ValueError(
+            "sequences of one token would be BOS alone: pass a larger context_size, or "
+            "prepend_bos=False (--no-bos)"
+        )
     yield from concat_and_batch_sequences(
         tokens_iterator=tokens,
         context_size=protocol.context_size,

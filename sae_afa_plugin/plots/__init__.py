@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sae_afa_plugin.files import user_path, write_whole, writing
+from sae_afa_plugin.files import OURS, check_ours, user_path, write_whole, writing
 from sae_afa_plugin.plots.coherence import coherence_plot
 from sae_afa_plugin.plots.energy import energy_plot
 from sae_afa_plugin.plots.frontier import frontier_plot
@@ -58,6 +58,9 @@ for _module in pkgutil.iter_modules(__path__):  # a picture is a file here, and 
     import_module(f"{__name__}.{_module.name}")
 
 
+_MADE_BY = {"png": "Software", "pdf": "Creator"}  # what a kind of file calls it
+
+
 def pictures(results: AFAResults) -> list[Picture]:
     """The figures that these results have the data for, in their order."""
     known = [one for one in PICTURES.values() if one.needs(results)]
@@ -81,6 +84,7 @@ def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
 
     Raises:
         OSError: If one cannot be written. Those before it are whole.
+        ValueError: If somebody else's file has the name of one.
     """
     folder = user_path(folder)
     with writing(folder):
@@ -90,6 +94,10 @@ def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
         figure = draw(results)
         for kind in ("png", "pdf"):
             written.append(folder / f"{name}.{kind}")
-            save = partial(figure.savefig, format=kind, dpi=200, bbox_inches="tight")
+            check_ours(written[-1])
+            made_by = {_MADE_BY[kind]: OURS}
+            save = partial(
+                figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata=made_by
+            )
             write_whole(written[-1], save)
     return written

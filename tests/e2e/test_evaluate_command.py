@@ -162,7 +162,7 @@ def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: 
     assert set(tokens.groupby("sae", observed=True).size()) == {600}
 
     written = json.loads((release.folder / "results.json").read_text(encoding="utf-8"))
-    assert written["schema_version"] == 3
+    assert written["schema_version"] == 4
     assert written["refused"] == {}
     assert list(written["saes"]) == RELEASE_IDS
     settings = written["settings"]
@@ -171,7 +171,7 @@ def test_a_release_is_evaluated_by_its_name_in_the_catalogue(hub: Hub, release: 
     assert settings["context_size"] == 128
     assert settings["prepend_bos"] is True
     assert settings["seed"] == 42
-    assert settings["model"] == "gpt2-small"
+    assert settings["model"] == "gpt2"  # which that is an alias of
     assert settings["model_kwargs"] == {"center_writing_weights": True}
     for package in ("sae-afa-plugin", "sae-lens", "transformer-lens", "torch", "python"):
         assert written["versions"][package][0].isdigit()

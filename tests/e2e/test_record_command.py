@@ -15,6 +15,7 @@ from sae_lens import StandardSAE, StandardSAEConfig
 
 from sae_afa_plugin import AFAResults, cli
 from sae_afa_plugin.activations import recording
+from sae_afa_plugin.activations.embedded import load_embedded_model
 from sae_afa_plugin.activations.recording import RecordedActivations
 
 HOOK = "blocks.4.hook_resid_pre"
@@ -64,6 +65,16 @@ def test_saelens_own_metrics_need_the_model_beside_a_recording(
     assert "pass the model as well, or leave the group out" in capsys.readouterr().err
     assert cli.main([*command, "--model", "sae-afa-demo"]) == 0
     assert AFAResults.load(tmp_path / "out").summary["core_ce_loss_score"].notna().all()
+
+
+def test_the_model_beside_a_recording_is_the_recorded_one(recorded: Path) -> None:
+    other = load_embedded_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    assert RecordedActivations(recorded, load_embedded_model()).model is not None
+    with pytest.raises(ValueError, match="does not give what the recording .* % off.*: pass the"):
+        assert RecordedActivations(recorded, other).model
 
 
 def test_kill_9_and_the_same_command_ends_in_the_same_bytes(

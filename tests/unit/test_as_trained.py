@@ -149,6 +149,18 @@ def test_positions_that_need_longer_sequences_get_them(texts, capsys):
         evaluate({"a": trained}, long, context_size=32)
 
 
+def test_one_short_context_does_not_decide_for_the_others(texts):
+    saes = {f"sae {i}": sae(context_size=n) for i, n in enumerate((32, 32, 2, 64))}
+    results = evaluate(saes, ["".join(texts) * 3])
+    assert results.metadata["settings"]["context_size"] == 32
+    assert list(results.summary.index) == ["sae 0", "sae 1", "sae 3"]
+    assert (
+        "trained on 2 tokens in a row, most of the SAEs here on 32"
+        in (results.metadata["refused"]["sae 2"])
+    )
+    assert evaluate({"alone": saes["sae 2"]}, texts).metadata["settings"]["context_size"] == 2
+
+
 def test_sequences_shorter_than_those_of_training_are_said(texts, capsys):
     evaluate({"a": sae(context_size=1024)}, ["".join(texts) * 3], progress=True)
     assert "trained on 1024 tokens in a row, here it is 128" in capsys.readouterr().out

@@ -37,7 +37,7 @@ VALUES = {
     "separator": st.none()
     | st.sampled_from(["bos", "eos", "sep", "none"])
     | st.integers(0, 2**31 - 1),
-    "exclude_special_tokens": st.booleans() | st.lists(st.integers(0)).map(tuple),
+    "exclude_special_tokens": st.booleans() | st.lists(st.integers(0, 2**31 - 1)).map(tuple),
     "subset": st.none() | words("abc '-"),
     "shuffle": st.booleans(),
     "seed": st.integers(0, 2**63 - 1),

@@ -695,10 +695,9 @@ def test_finite_tokens_by_column():
             assert is_finite(table).tolist() == [True, True, True, False, True], name
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["z", "f"])
 def test_a_token_that_is_not_finite_shows_and_stays_alone(where, bad):
-    # 1e30 has no float32 square
     z, f, W_dec, b = random_case(torch.float32, n=8)
     z[1] = 0
     clean = read(z, f, W_dec, b)

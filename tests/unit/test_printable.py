@@ -251,3 +251,20 @@ def test_what_libraries_log_and_warn_of_is_printable(capsys):
     assert said.count("pwned") == 2
     assert "in\nthe file" in said
     assert "a literal %s" in said
+
+
+def test_folders_that_print_alike_are_not_one(tmp_path):
+    (tmp_path / "a\x1b").mkdir()
+    (tmp_path / "a\\x1b").mkdir()
+    (tmp_path / "b").mkdir()
+    places = [tmp_path / "a\x1b", tmp_path / "a\\x1b", tmp_path / "b"]
+    with pytest.raises(ValueError, match=r"two folders are both shown as '.*a\\\\x1b': rename one"):
+        cli._by_shortest_names(places)
+    assert cli._by_shortest_names([*places[1:], places[2]]) == {
+        "a\\x1b": places[1], str(places[2]): places[2],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["\uff1d1+1", " =1+1", "\uff0d2", "\uff20a"])
+def test_a_sign_is_a_sign_in_any_width(text):
+    assert cell(text) == f"'{text}"

@@ -381,7 +381,7 @@ def test_nothing_is_written_where_the_folder_does_not_exist(results, tmp_path):
 
 def test_a_full_disk_leaves_the_report_of_before(results, tmp_path):
     path = tmp_path / "report.html"
-    path.write_text("the report of before")
+    path.write_text("the report of before, by sae-afa-plugin")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
     try:
@@ -389,7 +389,7 @@ def test_a_full_disk_leaves_the_report_of_before(results, tmp_path):
             write_report(results, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert path.read_text() == "the report of before"
+    assert path.read_text() == "the report of before, by sae-afa-plugin"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import threading
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from sae_afa_plugin import AFAResults, evaluate_saes
 from sae_afa_plugin.activations.tensors import TensorActivations
 from sae_afa_plugin.files import NotWrittenError
 from sae_afa_plugin.groups.base import GroupResult
+from sae_afa_plugin.plots import save_plots
 from sae_afa_plugin.report import write_report
 from sae_afa_plugin.sources import Excluded, sources_of_release
 from sae_afa_plugin.store import Store, digest_of
@@ -229,7 +231,7 @@ def test_one_bad_sae_costs_only_itself(tmp_path):
     refused = results.metadata["refused"]
     assert list(refused) == ["unreadable", "left out", "diverged", "too large", "damaged", "typo"]
     assert refused["left out"] == "its training diverged at step 12: use a lower lr"
-    assert "none of its tokens has finite norms" in refused["diverged"]
+    assert "decoder rows are NaN or infinite" in refused["diverged"]
     assert refused["too large"].startswith("there is not enough memory for it (CUDA out of memory")
     assert "damaged or incomplete" in refused["damaged"]
     assert "cfg.json" in refused["unreadable"]
@@ -452,18 +454,18 @@ def test_which_tokens_are_kept_is_part_of_the_results(tmp_path):
     ids = [list(range(i, i + 8)) for i in range(6)]
 
     def rows(masked):
-        mask = [int(i in masked) for i in range(8)]
-        return ({"tokens": row, "special_tokens_mask": mask} for row in ids)
+        mask = [int(i not in masked) for i in range(8)]
+        return ({"tokens": row, "attention_mask": mask} for row in ids)
 
     def run(masked, **options):
         stream = IterableDataset.from_generator(rows, gen_kwargs={"masked": masked})
         options |= {"n_tokens": 20, "context_size": 8, "exclude_special_tokens": False}
         return evaluate_saes({"a": sae}, model, stream, progress=False, **options).summary
 
-    before = run({0, 1}, out=tmp_path / "out")
-    pd.testing.assert_frame_equal(run({0, 1}, out=tmp_path / "out"), before)
+    before = run({6, 7}, out=tmp_path / "out")
+    pd.testing.assert_frame_equal(run({6, 7}, out=tmp_path / "out"), before)
     with pytest.raises(ValueError, match="the dataset gives other tokens than those"):
-        run({5, 6}, out=tmp_path / "out")
+        run({7}, out=tmp_path / "out")
     places = pd.DataFrame({"sequence": 0, "position": range(40)})
     one, other = (TensorActivations({"here": X}, p) for p in (places, places + 1))
     assert one.settings == TensorActivations({"here": X}, places).settings != other.settings
@@ -484,3 +486,132 @@ def test_a_run_that_fails_leaves_the_users_files(tmp_path):
         evaluate({"a": sae}, out=out)
     assert [file.read_text() for file in mine] == ["mine"] * 3
     assert evaluate({"a": small_sae()}, out=out).summary.loc["a", "tokens"] == 40
+
+
+# --- what was found by a review ---
+
+
+def test_rows_of_a_decoder_that_are_not_finite_are_said():
+    sae = small_sae()
+    sae.W_dec.data[3] = torch.nan
+    results = evaluate({"a": sae, "b": small_sae()})
+    assert list(results.summary.index) == ["b"]
+    assert "1 of the 20 decoder rows are NaN or infinite" in results.metadata["refused"]["a"]
+
+
+def test_a_dtype_has_one_name(tmp_path):
+    evaluate({"a": small_sae()}, out=tmp_path / "out", dtype="float32")
+    evaluate({"a": small_sae()}, out=tmp_path / "out", dtype="torch.float32")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": ""}, "out must not be empty"),
+        ({"groups": ["afa"]}, r"groups must be groups of metrics, .*got \['afa'\]"),
+        ({"protocol": None}, r"protocol must be one of \['default', 'paper'\]: got None"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+    ],
+)
+def test_options_of_a_wrong_kind(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate({"a": small_sae()}, **options)
+
+
+class Dropping(torch.nn.Module):
+    """A stranger's, in training mode, with statistics that a pass would move."""
+
+    def __init__(self):
+        super().__init__()
+        self.W_dec = torch.nn.Parameter(small_sae().W_dec.detach())
+        self.b_dec = torch.nn.Parameter(torch.zeros(8))
+        self.drop, self.norm = torch.nn.Dropout(0.5), torch.nn.BatchNorm1d(20)
+        self.metadata = {"hook_name": "here"}
+
+    def encode(self, x):
+        return self.drop(self.norm(x @ self.W_dec.T)).relu()
+
+    def decode(self, f):
+        return f @ self.W_dec + self.b_dec
+
+
+def test_a_module_in_training_mode_is_read_without_it():
+    sae = Dropping().eval()
+    expected = evaluate({"a": sae}).summary
+    sae.train()
+    before = sae.norm.running_mean.clone()
+    pd.testing.assert_frame_equal(evaluate({"a": sae}).summary, expected)
+    assert torch.equal(sae.norm.running_mean, before)
+    assert all(module.training for module in sae.modules())
+
+
+@pytest.mark.parametrize("change", [lambda s: s.iloc[::-1], lambda s: s.iloc[:-1], lambda s: s + 1])
+def test_sequences_that_could_not_be_looked_up_are_refused(change):
+    n = range(40)
+    table = pd.DataFrame(
+        {
+            "sequence": [i // 8 for i in n],
+            "position": [i % 8 for i in n],
+            "token_id": n,
+            "token": "a",
+        }
+    )
+    changed = table.assign(**change(table[["sequence", "position"]]).reset_index(drop=True))
+    if changed[["sequence", "position"]].isna().any().any():
+        changed = changed.dropna().astype({"sequence": int, "position": int})
+    places = table[["sequence", "position"]]
+    for sequences, refused in ((table, False), (changed, True)):
+        source = TensorActivations({"here": X}, places, sequences)
+        with pytest.raises(ValueError, match="same number of tokens") if refused else nullcontext():
+            evaluate_saes({"a": small_sae()}, activations=source, progress=False)
+
+
+def test_saving_beside_others_keeps_them(tmp_path):
+    out = tmp_path / "out"
+    evaluate({"a": small_sae(), "b": small_sae(1)}, out=out)
+    alone = evaluate({"a": small_sae()})
+    alone.summary["hours"] = 2.5
+    alone.save(out)
+    both = AFAResults.load(out)
+    assert sorted(both.summary.index) == ["a", "b"]
+    assert set(both.metadata["fingerprints"]) == {"a", "b"}
+    assert len(both.tokens_of("b")) == 40
+    after = evaluate({"a": small_sae(), "c": small_sae(2)}, out=out).summary
+    assert after.loc["a", "hours"] == 2.5  # what somebody has added stays
+    assert sorted(after.index) == ["a", "b", "c"]
+    both.only(["b"]).save(tmp_path / "other")
+    assert set(AFAResults.load(tmp_path / "other").metadata["fingerprints"]) == {"b"}
+
+
+def test_results_that_are_pickled_have_their_tables():
+    results = evaluate({"a": small_sae()})
+    copied = pickle.loads(pickle.dumps(results))
+    expected = results.tokens
+    del results
+    pd.testing.assert_frame_equal(copied.tokens, expected)
+
+
+def test_a_users_empty_folder_stays(tmp_path):
+    sae = small_sae()
+    sae.cfg.metadata.hook_name = "elsewhere"
+    for folder, is_there in ((tmp_path / "mine", True), (tmp_path / "new", False)):
+        if is_there:
+            folder.mkdir()
+        with pytest.raises(ValueError, match="no hook 'elsewhere'"):
+            evaluate({"a": sae}, out=folder)
+        assert folder.is_dir() == is_there
+
+
+def test_figures_and_pages_take_nobodys_place(tmp_path):
+    results = evaluate({"a": small_sae()}, out=tmp_path / "out")
+    for write, name in ((write_report, "report.html"), (save_plots, "figures/zf.png")):
+        place = tmp_path / "out" / name
+        where = place if write is write_report else place.parent
+        place.parent.mkdir(exist_ok=True)
+        place.write_text("mine")
+        with pytest.raises(ValueError, match=f"{place.name}' was not written by sae-afa"):
+            write(results, where)
+        assert place.read_text() == "mine"
+        place.unlink()
+        write(results, where)
+        write(results, where)  # what is ours is written again

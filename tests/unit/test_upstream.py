@@ -58,6 +58,10 @@ def check_official_model_names():
     assert "gpt2" in _upstream.OFFICIAL_MODEL_NAMES
 
 
+def check_supported_activations():
+    assert {"gelu_new", "relu", "silu"} <= set(_upstream.SUPPORTED_ACTIVATIONS)
+
+
 def check_repo_folder_name():
     name = _upstream.repo_folder_name(repo_id="somebody/saes", repo_type="dataset")
     assert name == "datasets--somebody--saes"

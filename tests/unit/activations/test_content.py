@@ -135,17 +135,19 @@ def test_the_columns_that_are_read():
     assert columns_read(["question"]) == []
 
 
-SETTINGS = {"model": "a", "dataset": "x.txt", "dataset_content": "1", "model_revision": "c"}
+SETTINGS = {"model": "a", "dataset": "./x.txt", "dataset_content": "1", "model_revision": "c"}
 
 
 @pytest.mark.parametrize(
     ("change", "different"),
     [
         ({}, []),
-        ({"dataset": "./x.txt"}, []),  # the same, by another path
+        ({"dataset": "/a/x.txt"}, []),  # the same, by another path
         ({"dataset": "y.txt", "dataset_content": "2"}, ["dataset", "dataset_content"]),
         ({"dataset_content": None}, []),  # gone
-        ({"dataset": "z", "dataset_content": None}, ["dataset"]),
+        ({"dataset": "/z", "dataset_content": None}, ["dataset"]),
+        ({"dataset": "z/z", "dataset_content": None}, ["dataset", "dataset_content"]),  # of the hub
+        ({"model_argument": "a"}, []),  # an SAE or somebody named it
         ({"model": "b"}, ["model"]),
         ({"model_revision": None}, []),  # the hub does not answer
         ({"model_revision": "d"}, ["model_revision"]),

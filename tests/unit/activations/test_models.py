@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import tiny_hooked_sae_transformer
+from helpers.models import gpt2_tokenizer, tiny_gpt2, tiny_hooked_sae_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sae_lens import StandardSAE, StandardSAEConfig
@@ -258,3 +258,61 @@ def test_an_objects_identity_is_what_decides_its_numbers():
     model.W_E.data[0, 0] += 1
     found.append(identity())
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"activation_function": "relu"},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"n_inner": 40},
+        {"layer_norm_epsilon": 0.1},
+    ],
+)
+def test_a_folder_of_a_gpt2_is_run_as_its_config_says(tmp_path, config):
+    hf_model = tiny_gpt2(3, 16, **config).eval()
+    for parameter in hf_model.parameters():
+        parameter.data.mul_(3)  # so that it matters
+    hf_model.save_pretrained(tmp_path)
+    gpt2_tokenizer().save_pretrained(tmp_path)
+    wanted = shared_model({"": {"model_name": "x"}})
+    model = load_language_model(str(tmp_path), wanted, [], "cpu")
+    tokens = torch.arange(24).view(2, 12)
+    hidden = hf_model(tokens, output_hidden_states=True).hidden_states[2]
+    _, cache = model.run_with_cache(tokens, names_filter="blocks.2.hook_resid_pre")
+    assert torch.allclose(cache["blocks.2.hook_resid_pre"], hidden, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sae-afa-demo", "folder"])
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"fold_ln": "no"}, "fold_ln must be bool: got 'no'"),
+        ({"n_ctx": 64}, "cannot be loaded with n_ctx: only with"),
+        ({"nonsense": 1}, "cannot be loaded with nonsense: only with"),
+        ({"dtype": "bfloat16"}, "cannot be loaded with dtype: only with"),
+    ],
+)
+def test_keywords_that_cannot_be_followed_are_refused(tmp_path, name, kwargs, message):
+    if name == "folder":
+        tiny_gpt2(1, 16).save_pretrained(tmp_path)
+        gpt2_tokenizer().save_pretrained(tmp_path)
+        name = str(tmp_path)
+    wanted = {"model_name": name, "model_class_name": None, "model_from_pretrained_kwargs": kwargs}
+    with pytest.raises(ValueError, match=message):
+        load_language_model(name, wanted, [], "cpu")
+
+
+def test_the_embedded_model_is_processed_as_asked():
+    plain, centred = (
+        load_language_model(
+            "sae-afa-demo",
+            {"model_from_pretrained_kwargs": kwargs, "model_class_name": None},
+            [],
+            "cpu",
+        )
+        for kwargs in ({"dtype": "float32"}, {"center_writing_weights": True})
+    )
+    assert not torch.allclose(plain.W_E, centred.W_E)
+    assert torch.allclose(centred.W_E.mean(-1), torch.zeros(len(plain.W_E)), atol=1e-6)

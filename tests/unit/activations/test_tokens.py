@@ -248,7 +248,8 @@ def test_columns_that_leave_tokens_out_are_followed(model, column, masked, posit
     mask = [int(i not in masked) for i in range(24)]
     if column == "special_tokens_mask":
         mask = [1 - value for value in mask]
-    options = {"context_size": 24, "positions": positions, "exclude_special_tokens": False}
+    exclude = column == "special_tokens_mask"
+    options = {"context_size": 24, "positions": positions, "exclude_special_tokens": exclude}
     found = sample(model, _tokens(**{column: mask}), **options, n_tokens=40)
     left = [i for i in range(24) if i not in masked]
     expected = left if positions == "all" else left[-1:]
@@ -319,3 +320,58 @@ def test_a_separator_that_the_tokenizer_does_not_have(model):
     assert model.tokenizer.sep_token is None
     with pytest.raises(ValueError, match="has no SEP token to stand between documents: choose"):
         sample(model, TEXTS, separator="sep")
+
+
+# --- columns beside tokens ---
+
+
+ROW = [0, 5, 6, 7, 8, 9, 10, 0]
+
+
+def beside(model, positions=None, exclude=True, **columns):
+    rows = Dataset.from_dict({"tokens": [ROW], **{name: [v] for name, v in columns.items()}})
+    return sample(
+        model, rows, context_size=8, positions=positions, exclude_special_tokens=exclude,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_a_special_tokens_mask_is_like_the_tokenizers_own(model, exclude, positions):
+    """7 and the last are special, by the mask alone; 0 is the tokenizer's BOS."""
+    mask = [1, 0, 0, 1, 0, 0, 0, 1]
+    if exclude and positions == "last":
+        with pytest.raises(ValueError, match="no token is left to evaluate: .* 1 of the tokens"):
+            beside(model, positions, exclude, special_tokens_mask=mask)
+        return
+    found = beside(model, positions, exclude, special_tokens_mask=mask)
+    kept = found.keep[0].nonzero()[:, 0].tolist()
+    expected = [1, 2, 4, 5, 6] if exclude else list(range(8))
+    assert kept == (expected if positions == "all" else [7])
+    assert found.n_special == (3 if exclude else 0)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"attention_mask": [1, 1, 1, 2, 2, 2, 0, 0]}, r"must hold 0 and 1: got \[0, 1, 2\]"),
+        ({"attention_mask": [1, None] * 4}, "'attention_mask' must hold a number for each token"),
+        ({"position_ids": ["a"] * 8}, "'position_ids' must hold a number for each token"),
+        ({"special_tokens_mask": [[0]] * 8}, "must have one entry for each token"),
+        ({"loss_mask": [1, 0] * 4}, "leaves tokens out, and what it means is not known"),
+    ],
+)
+def test_columns_that_cannot_be_followed_are_named(model, columns, message):
+    with pytest.raises(ValueError, match=message):
+        beside(model, **columns)
+
+
+@pytest.mark.parametrize("value", ["a <mask> text", {"a": 1}, [None] * 8, ["x"] * 8])
+def test_a_column_of_another_kind_is_no_mask(model, value):
+    assert beside(model, masked_text=value).keep[0].sum() == 6
+
+
+def test_a_sequence_is_more_than_bos(model):
+    with pytest.raises(ValueError, match="would be BOS alone: pass a larger context_size"):
+        sample(model, TEXTS, context_size=1)
+    assert sample(model, TEXTS, context_size=1, prepend_bos=False).n_tokens == 40
