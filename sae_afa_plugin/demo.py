@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from sae_lens import TrainingSAEConfig
 from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, load_embedded_model, load_smollm2
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.activations.tokens import tokenize
+from sae_afa_plugin.files import cache_folder
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.saes.topafa import TopAFATrainingSAEConfig
 from sae_afa_plugin.training.comparison import Comparison, topk_pair, train_and_evaluate
@@ -21,8 +21,7 @@ from sae_afa_plugin.training.comparison import Comparison, topk_pair, train_and_
 
 def smollm2_folder() -> Path:
     """Where the converted SmolLM2 is kept between runs."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "sae-afa-plugin" / "smollm2-135m"
+    return cache_folder() / "smollm2-135m"
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ def user_given(given: Any) -> Any:
     return given
 
 
+def cache_folder() -> Path:
+    """Where this package keeps what takes long to make: below ``XDG_CACHE_HOME`` or ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sae-afa-plugin"
+
+
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     """Write a file so that it is complete or not there, whatever happens.
 

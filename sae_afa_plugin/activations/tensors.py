@@ -67,19 +67,13 @@ class TensorActivations(Activations):
             raise ValueError(f"places must have a row for each token: got {len(places)} for {n}")
         # rows are numbered by where they stand, whatever index they came with
         self._places, self._sequences = places.reset_index(drop=True), sequences
-        self._settings = (
-            {"source": "tensors", "content": self._digest()} if settings is None else settings
-        )
+        self._settings = self._made_up() if settings is None else settings
         self._n_special, self._model = n_special, model
 
-    def _digest(self) -> str:
-        digest = hashlib.sha256()
-        for hook, acts in sorted(self._tensors.items()):
-            digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}".encode())
-            add_tensor(digest, acts)
-        for table in (self._places, self.sequences):
-            digest.update(digest_of_table(table).encode())
-        return digest.hexdigest()[:16]
+    def _made_up(self) -> dict[str, Any]:
+        tables = digest_of_table(self._places) + digest_of_table(self.sequences)
+        content = digest_of_tensors(self._tensors)
+        return {"source": "tensors", "content": content, "tables": tables}
 
     @property
     @override
@@ -117,6 +111,19 @@ class TensorActivations(Activations):
     @override
     def read(self, hooks: Sequence[str], start: int, stop: int) -> dict[str, Tensor]:
         return {hook: self._tensors[hook][start:stop] for hook in hooks}
+
+
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """What tells tensors apart: equal for equal names, shapes, dtypes and bits.
+
+    Args:
+        tensors: By name.
+    """
+    digest = hashlib.sha256()
+    for hook, acts in sorted(tensors.items()):
+        digest.update(f"{hook} {tuple(acts.shape)} {acts.dtype}".encode())
+        add_tensor(digest, acts)
+    return digest.hexdigest()[:16]
 
 
 def hold(

@@ -35,10 +35,11 @@ import sae_afa_plugin
 from sae_afa_plugin import _upstream
 
 PACKAGE = Path(sae_afa_plugin.__file__).parent
-# modules that SAELens documents for those who write architectures, evaluators and runners
+# modules that SAELens documents for those who write architectures, evaluators and runners, and for
+# synthetic data
 DOCUMENTED = {
     "sae_lens.saes.sae", "sae_lens.config", "sae_lens.evals",
-    "sae_lens.training.activations_store",
+    "sae_lens.training.activations_store", "sae_lens.synthetic",
 }  # fmt: skip
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0)) + 1
 
