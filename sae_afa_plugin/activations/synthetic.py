@@ -110,7 +110,9 @@ Where the hub can be reached, ``SyntheticModel.from_pretrained`` gives the publi
 
 _ELEMENTS = 1 << 22  # of a block's features [samples, num_features]: 16 MiB in float32
 _LARGEST_BLOCK = 1024  # samples
-_KEPT = 1 << 14  # samples: a batch of an evaluation on a GPU, which its groups read again
+# Samples: a batch of an evaluation on a CPU, which its groups read again. Not those of a GPU, since
+# small tensors that stay, between large ones that go, make a heap full of holes (1 GiB of them).
+_KEPT = 1024
 _CONTENT = "content.json"
 
 
@@ -121,7 +123,7 @@ class SyntheticActivations(Activations):
     the block's number. So any range gives the same bits whatever was read before, and the random
     state of the process is left alone. They are drawn on the CPU and not stored: a source of any
     length takes the model, at most a dozen matrices of 16 MiB while a block is drawn, and the last
-    16,384 samples, of whose features only those that are on are kept.
+    1,024 samples, of whose features only those that are on are kept.
 
     Args:
         model: A config, a built model, or the folder of a saved one. A config is built by
@@ -166,7 +168,7 @@ class SyntheticActivations(Activations):
         self._model = model
         h = model.cfg.num_features
         self._block_samples = max(1, min(_LARGEST_BLOCK, _ELEMENTS // h))
-        self._block = lru_cache(maxsize=_KEPT // self._block_samples + 2)(self._drawn)
+        self._block = lru_cache(maxsize=_KEPT // self._block_samples + 1)(self._drawn)
         self._settings = {
             "source": "synthetic",
             "n_tokens": self._n_tokens,

@@ -22,7 +22,7 @@ from sae_afa_plugin.groups.base import Accumulator, Column, GroupResult, MetricG
 from sae_afa_plugin.spaces import EncodedTokens, LinearCode
 
 _COUNTS = ("tp", "fp", "fn", "tn")
-_ROWS_AT_ONCE = 64  # SAELens compares whole matrices [rows, d_sae], a dozen of them
+_ROWS_AT_ONCE = 64  # tokens: SAELens compares in a dozen matrices [tokens, d_sae]
 _OF_THE_TRUTH = (
     *("norm_ratio_median", "epsilon_lbo_median", "interference_median"),
     *(f"{share}_mean" for share in SHARES),
@@ -98,16 +98,17 @@ class _Compared(Accumulator):
 
     @override
     def add(self, tokens: EncodedTokens) -> None:
-        true = self._truth.samples(tokens.rows)
-        kept = tokens.finite.cpu().nonzero().flatten()
-        f_true, z = true.f[kept], true.z[kept]
-        self._afa.add(EncodedTokens(self._truth, f_true, z, tokens.rows))
-        l0 = tokens.l0.cpu()[kept]
-        columns = torch.stack([torch.ones_like(l0), l0, f_true.count_nonzero(-1)])
-        self._moments += columns @ columns.T
-        for here, part in zip(kept.split(_ROWS_AT_ONCE), f_true.split(_ROWS_AT_ONCE), strict=True):
-            f = tokens.f[here.to(tokens.f.device)]
-            self._calculator.add_batch(f, part.to(f.device))
+        finite, first = tokens.finite.cpu(), tokens.rows.start
+        for start in range(0, len(tokens), _ROWS_AT_ONCE):
+            stop = min(start + _ROWS_AT_ONCE, len(tokens))
+            true = self._truth.samples(slice(first + start, first + stop))
+            kept = finite[start:stop]
+            f, f_true = tokens.f[start:stop][kept.to(tokens.f.device)], true.f[kept]
+            self._calculator.add_batch(f, f_true.to(f.device))
+            self._afa.add(EncodedTokens(self._truth, f_true, true.z[kept], true.rows))
+            l0 = f.count_nonzero(-1).cpu()
+            columns = torch.stack([torch.ones_like(l0), l0, f_true.count_nonzero(-1)])
+            self._moments += columns @ columns.T
 
     @override
     def merge(self, other: _Compared) -> None:
@@ -164,7 +165,7 @@ class KnownTruth(MetricGroup):
     for random directions about ``1 - 1/(2 d)``. The truth's own numbers stay in the space of the
     activations.
 
-    Matching takes some 20 bytes for each pair of a latent and a feature.
+    Matching directions takes 16 bytes for each pair of a latent and a feature.
     """
 
     name: ClassVar[str] = "known_truth"

@@ -21,12 +21,17 @@ pytestmark = pytest.mark.skipif(
 
 SCRIPT = """
 import ctypes, gc, json, sys, tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from sae_lens import StandardSAE, StandardSAEConfig
+from sae_lens.synthetic import ZipfianFiringProbabilityConfig
 from sae_afa_plugin import dictionary_coherence, evaluate_saes
+from sae_afa_plugin.activations.synthetic import HIERARCHY_WORLD, SyntheticActivations
 from sae_afa_plugin.activations.tensors import TensorActivations
+from sae_afa_plugin.groups.known_truth import KnownTruth
+from sae_afa_plugin.spaces import linear_code
 
 torch.manual_seed(0)
 
@@ -56,11 +61,34 @@ def evaluation(d_in, d_sae, n_tokens, shift):
 
     return work
 
+def synthetic(num_features, n_tokens):
+    firing = ZipfianFiringProbabilityConfig(0.5, 0.4, 5e-4)
+    cfg = replace(HIERARCHY_WORLD, num_features=num_features, firing_probability=firing)
+    source = SyntheticActivations(cfg, n_tokens)
+
+    def work():
+        for n in range(0, n_tokens, 64):
+            source.read(["synthetic"], n, n + 1)
+
+    return work
+
+def known_truth(d_sae, num_features):
+    sae = StandardSAE(StandardSAEConfig(d_in=96, d_sae=d_sae))
+    firing = ZipfianFiringProbabilityConfig(0.5, 0.4, 5e-4)
+    cfg = replace(HIERARCHY_WORLD, num_features=num_features, firing_probability=firing)
+    source = SyntheticActivations(cfg, 2048)
+    group, code = KnownTruth().start(linear_code(sae), source), linear_code(sae)
+    x = source.read(["synthetic"], 0, 1024)["synthetic"]
+    tokens = code.read(x, None, slice(0, 1024))
+    tokens.finite
+    return lambda: group.add(tokens)
+
 def coherence(d_sae, d_in):
     W_dec = torch.randn(d_sae, d_in)
     return lambda: dictionary_coherence(W_dec)
 
 evaluation(16, 128, 300, 0.0)()  # what is taken once
+synthetic(192, 64)()
 coherence(64, 16)()
 print(json.dumps([peak(work()) for work in (WORKS)]))
 """
@@ -102,3 +130,12 @@ def test_a_token_of_the_sae_at_work_takes_what_is_promised() -> None:
     found = peaks(*(f"evaluation(16, 512, {n}, -1.5)" for n in sizes))
     for n, taken in zip(sizes, found, strict=True):
         assert taken < PER_TOKEN * n + FIXED, (n, taken)
+
+
+@pytest.mark.slow
+def test_synthetic_samples_take_the_same_at_any_length_and_number_of_features() -> None:
+    drawn = ("synthetic(4096, 25_000)", "synthetic(16_384, 5000)")
+    *drawn, compared = peaks(*drawn, "known_truth(4096, 16_384)")
+    # a dozen matrices of a block; and what an allocator leaves between those that stay
+    assert max(drawn) < (12 + 4) * 16 * MIB, drawn
+    assert compared < 4 * 16 * MIB, compared

@@ -76,7 +76,7 @@ def test_any_range_gives_the_same_bits(world, ends, features_first):
 
 def test_blocks_that_were_forgotten_are_drawn_again(monkeypatch):
     monkeypatch.setattr("sae_afa_plugin.activations.synthetic._LARGEST_BLOCK", 16)
-    monkeypatch.setattr("sae_afa_plugin.activations.synthetic._KEPT", 32)
+    monkeypatch.setattr("sae_afa_plugin.activations.synthetic._KEPT", 16)
     source = SyntheticActivations(HIERARCHY_WORLD, 500)
     first = x_of(source, 0, 500)
     for start, stop in ((480, 500), (0, 10), (10, 300), (7, 9), (0, 500)):
