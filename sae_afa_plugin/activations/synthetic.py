@@ -104,14 +104,14 @@ SYNTH_SAE_BENCH_16K = SyntheticModelConfig(
 
 SAELens's package does not hold the parameters of ``decoderesearch/synth-sae-bench-16k-v1``, so
 these could not be compared with it. The number of features, the width and the true mean L0 (34)
-are the published ones, the rest is from memory, and another seed has other directions anyway.
+agree with what is known of it; the rest is from memory, and another seed has other directions.
 Where the hub can be reached, ``SyntheticModel.from_pretrained`` gives the published model.
 """
 
 _ELEMENTS = 1 << 22  # of a block's features [samples, num_features]: 16 MiB in float32
 _LARGEST_BLOCK = 1024  # samples
 # Samples: a batch of an evaluation on a CPU, which its groups read again. Not those of a GPU, since
-# small tensors that stay, between large ones that go, make a heap full of holes (1 GiB of them).
+# small tensors that stay, between large ones that go, make a heap full of holes (400 MiB).
 _KEPT = 1024
 _CONTENT = "content.json"
 
