@@ -109,6 +109,7 @@ __all__ = [
     "load_model",
     "load_sae_config_from_huggingface",
     "never_asking_for_remote_code",
+    "normalization_scale",
     "normalized_input",
     "parse_runner_config",
     "rebind_functions",
@@ -270,6 +271,20 @@ def normalized_input(sae: Any, x: Tensor) -> Tensor:
     """
     with left_as_it_was(sae):
         return sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
+
+
+def normalization_scale(sae: Any, x: Tensor) -> Tensor:
+    """How much a unit of the SAE's normalised input is in the input ``[..., 1]``.
+
+    Args:
+        sae: An SAE of SAELens.
+        x: Activations ``[..., d_in]``.
+    """
+    with left_as_it_was(sae):
+        z = sae.run_time_activation_norm_fn_in(x.to(sae.dtype))
+        # affine for each token: what the normalisation subtracted is in both
+        both = sae.run_time_activation_norm_fn_out(torch.stack([torch.ones_like(z), 0 * z]))
+    return (both[0] - both[1])[..., :1]
 
 
 def reconstruction_of(sae: Any, x: Tensor) -> Tensor | None:

@@ -27,6 +27,7 @@ from sae_afa_plugin._upstream import (
     Transcoder,
     encodes_batches,
     left_as_it_was,
+    normalization_scale,
     normalized_input,
     reconstruction_of,
     without_hooks,
@@ -206,6 +207,10 @@ class LinearCode(ABC):
         del x_out
         return x
 
+    def scale(self, x: Tensor) -> Tensor:
+        """How much a unit of z is in the activation, for each token ``[n, 1]``."""
+        return torch.ones(len(x), 1, dtype=self.W_dec.dtype, device=self.W_dec.device)
+
     def decoded(self, x: Tensor) -> Tensor | None:
         """What the SAE itself makes of activations, in z's space; None if that is unknown."""
         del x
@@ -336,6 +341,10 @@ class SAELensCode(LinearCode):
             )
         W_skip = getattr(self.sae, "W_skip", None)
         return x_out if W_skip is None else x_out - x.to(x_out.dtype) @ W_skip.T.to(x_out)
+
+    @override
+    def scale(self, x: Tensor) -> Tensor:
+        return normalization_scale(self.sae, x).to(self.W_dec)
 
     @override
     def decoded(self, x: Tensor) -> Tensor | None:

@@ -371,6 +371,17 @@ def check_load_sae_config_from_huggingface():
     assert list(signature.parameters)[:2] == ["release", "sae_id"]
 
 
+def check_normalization_scale():
+    for how in ("layer_norm", "constant_norm_rescale", "none"):
+        sae = standard(normalize_activations=how)
+        scale = _upstream.normalization_scale(sae, X)
+        assert scale.shape == (len(X), 1)
+        recons = X + scale * (
+            _upstream.reconstruction_of(sae, X) - sae.run_time_activation_norm_fn_in(X)
+        )
+        torch.testing.assert_close(recons, sae(X), atol=1e-4, rtol=1e-4)
+
+
 def check_normalized_input():
     z = _upstream.normalized_input(standard(normalize_activations="layer_norm"), X)
     centred = X - X.mean(-1, keepdim=True)
