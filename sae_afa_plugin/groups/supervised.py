@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from math import nan
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -219,7 +220,7 @@ class _Prompts(Accumulator):
         for who in ("labels", *counts):
             found[f"control_{who}"] = fmean(found[f"{name}_control_{who}"] for name in task.edits)
         for m in counts:
-            found[f"control_ratio_{m}"] = found[f"control_{m}"] / found["control_labels"]
+            found[f"control_ratio_{m}"] = found[f"control_{m}"] / (found["control_labels"] or nan)
         return found
 
     def _interpretability(self, fit: Tensor, held: Tensor) -> dict[str, float]:

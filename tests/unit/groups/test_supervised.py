@@ -192,7 +192,11 @@ def test_directions_of_values_that_nobody_has():
 def test_f1_by_counting():
     labels = torch.eye(3)[[0, 0, 0, 1, 1, 1, 0, 0, 1, 1, 1, 1]]
     active = torch.tensor(
-        [[1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0]]
+        [
+            [1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0, 0],
+            [0, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0],  # perfect, but only where nothing is chosen
+        ]
     )
     found, always = best_f1(active.T.bool(), labels, torch.arange(6), torch.arange(6, 12))
     # feature 0 says the first value (1 right, 1 wrong, 1 missed), feature 1 the second (3, 0, 1)
