@@ -4,7 +4,7 @@ Trains the SAEs of the demo (top-AFA, and TopK and BatchTopK at about its L0) an
 the embedded model; beside them stand two of them untrained. Each is compared with supervised
 dictionaries on two tasks, agreement and brackets. With --ioi, untrained SAEs alone, on SmolLM2 and
 the task of the paper. Leaves the SAEs and supervised.md in the output folder; interrupted and
-started again, it trains on where it was. On 2 cores this takes about 5 minutes.
+started again, it trains on where it was. On 2 busy cores it took 15 minutes.
 """
 
 from __future__ import annotations

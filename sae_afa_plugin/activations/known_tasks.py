@@ -64,9 +64,7 @@ def bracket_task(model: Any, n_prompts: int = 256, seed: int = 0) -> LabelledTas
     return write_task(model, write, values, ["bracket"], n_prompts=n_prompts, seed=seed)
 
 
-def ioi_task(
-    model: Any, n_prompts: int = 256, seed: int = 0, n_names: int = 6, prepend_bos: bool = True
-) -> LabelledTask:
+def ioi_task(model: Any, n_prompts: int = 256, seed: int = 0, n_names: int = 6) -> LabelledTask:
     """Indirect object identification (arXiv 2211.00593), read at the last token.
 
     ``When Mary and John went to the store, John gave a drink to`` is followed by ``Mary``. It is
@@ -77,7 +75,6 @@ def ioi_task(
         n_prompts: At most so many.
         seed: Which combinations of names, their order, place and thing.
         n_names: How many names there are; each needs enough prompts for a mean.
-        prepend_bos: Whether prompts begin with BOS.
     """
     people = [name for name in _PEOPLE.split() if len(token_ids(model, f" {name}")) == 1]
 
@@ -106,7 +103,6 @@ def ioi_task(
         allowed=allowed,
         n_prompts=n_prompts,
         seed=seed,
-        prepend_bos=prepend_bos,
     )
 
 
