@@ -108,11 +108,22 @@ def known_state(model: Any) -> Generator[None]:
         yield
 
 
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """All modules at work."""
+    return [part for whole in (module, *inner_model(module)) for part in whole.modules()]
+
+
+def inner_model(model: Any) -> list[nn.Module]:
+    """What a ``TransformerBridge`` runs, which is no part of it for PyTorch; nothing for others."""
+    inner = getattr(model, "original_model", None)
+    return [inner] if isinstance(inner, nn.Module) else []
+
+
 @contextmanager
 def not_training(module: nn.Module) -> Generator[None]:
     """Run a module without dropout and with the statistics it has, and put it back as it was."""
     # only what has to change: setting every flag of a TransformerBridge takes 13 ms
-    training = [part for part in module.modules() if part.training]
+    training = [part for part in parts_of(module) if part.training]
     for part in training:
         part.training = False
     try:
@@ -125,7 +136,7 @@ def not_training(module: nn.Module) -> Generator[None]:
 def unusual_state(model: Any) -> list[str]:
     """What :func:`known_state` changes about a model that has parts of it, in sentences."""
     said: list[str] = []
-    dropouts = (m for m in model.modules() if isinstance(m, nn.Dropout) and m.p > 0)
+    dropouts = (m for m in parts_of(model) if isinstance(m, nn.Dropout) and m.p > 0)
     if any(dropout.training for dropout in dropouts):
         said.append("the model is in training mode: it is read without its dropout")
     said += [f"the model {line}" for line in hooks_left_on(model)]

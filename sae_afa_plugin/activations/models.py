@@ -30,6 +30,7 @@ from sae_afa_plugin.activations.embedded import (
     hooked_gpt2,
     load_embedded_model,
 )
+from sae_afa_plugin.activations.hooks import inner_model
 from sae_afa_plugin.files import digest_of_files, digest_of_module
 from sae_afa_plugin.hub import check_readable, commit_of
 
@@ -322,7 +323,7 @@ def model_identity(model: Any, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "model_class_name": None,
         "model_kwargs": None,  # whoever made it knows
         "model_argument": None,
-        "model_content": digest_of_module(model),
+        "model_content": "-".join(digest_of_module(part) for part in (model, *inner_model(model))),
     }
 
 

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from sae_lens import StandardSAE, StandardSAEConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from sae_afa_plugin._upstream import HookedProxyLM
-from sae_afa_plugin.activations.hooks import known_state, unusual_state
+from sae_afa_plugin._upstream import HookedProxyLM, TransformerBridge
+from sae_afa_plugin.activations.hooks import known_state, parts_of, unusual_state
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
 from sae_afa_plugin.activations.models import (
     load_language_model,
@@ -135,11 +135,21 @@ def _read(model, hooks):
     return LanguageModelActivations(model, tokens, protocol).read(hooks, 0, 24)
 
 
-@pytest.mark.parametrize("kind", ["HookedTransformer", "HookedProxyLM"])
-def test_training_mode_and_hooks_do_not_change_what_is_read(kind):
+def _bridge(folder):
+    """The same, as TransformerLens runs it: the modules at work are no parts of the bridge."""
+    cfg = GPT2Config(vocab_size=1024, n_embd=16, n_layer=2, n_head=2, n_positions=16)
+    GPT2LMHeadModel(cfg).save_pretrained(folder)
+    gpt2_tokenizer().save_pretrained(folder)
+    return TransformerBridge.boot_transformers(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["HookedTransformer", "HookedProxyLM", "TransformerBridge"])
+def test_training_mode_and_hooks_do_not_change_what_is_read(kind, tmp_path):
     if kind == "HookedTransformer":
         model, hooks = tiny_hooked_sae_transformer(16), ["blocks.0.hook_resid_pre"]
         hooks += ["blocks.1.hook_resid_pre"]
+    elif kind == "TransformerBridge":
+        model, hooks = _bridge(tmp_path), ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre"]
     else:
         model, hooks = _dropping(), ["transformer.h.0", "transformer.h.1"]
     quiet = _read(model, hooks)
@@ -153,19 +163,21 @@ def test_training_mode_and_hooks_do_not_change_what_is_read(kind):
     first = next(model.modules())
     for module in list(model.modules())[1:3]:
         module.training = False  # frozen, as some do
-    flags = [module.training for module in model.modules()]
+    flags = [module.training for module in parts_of(model)]
     loud = _read(model, hooks)
     for hook in hooks:
         assert torch.equal(loud[hook], quiet[hook])
         assert not loud[hook].requires_grad
     *training, hooked = unusual_state(model)
-    has_dropout = kind == "HookedProxyLM"
+    has_dropout = kind != "HookedTransformer"
     said = "the model is in training mode: it is read without its dropout"
     assert training == [said] * has_dropout
-    assert hooked == f"the model has hooks on {hooks[0]}: it is read without them"
+    # a bridge has some hook points under several names
+    aliases = "blocks.0.hook_in, " if kind == "TransformerBridge" else ""
+    assert hooked == f"the model has hooks on {aliases}{hooks[0]}: it is read without them"
 
     # all is as it was, and the hooks still work and can still be taken off
-    assert [module.training for module in model.modules()] == flags
+    assert [module.training for module in parts_of(model)] == flags
     assert first.training
     assert seen == []
     model.eval()
