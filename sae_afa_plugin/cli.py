@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,13 @@ from sae_afa_plugin.activations.language_model import LanguageModelActivations, 
 from sae_afa_plugin.activations.models import check_model_name
 from sae_afa_plugin.activations.recording import record
 from sae_afa_plugin.activations.tokens import PROTOCOLS, with_default_text
-from sae_afa_plugin.commands import add_evaluate, add_record, evaluation_given, reading_given
+from sae_afa_plugin.commands import (
+    add_evaluate,
+    add_record,
+    add_sweep,
+    evaluation_given,
+    reading_given,
+)
 from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.files import user_path
@@ -33,6 +40,8 @@ from sae_afa_plugin.groups.afa import energy_sentence
 from sae_afa_plugin.printable import printable, short, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
+from sae_afa_plugin.sweep.run import TABLES, run_sweep
+from sae_afa_plugin.sweep.source_lines import Mistakes
 from sae_afa_plugin.tables import results_table
 from sae_afa_plugin.training.comparison import EVALUATION_FOLDER
 from sae_afa_plugin.training.log import LOG_FILENAME
@@ -88,6 +97,7 @@ def _parser() -> _Parser:
 
     add_evaluate(commands)
     add_record(commands)
+    add_sweep(commands)
     plot = commands.add_parser(
         "plot",
         help="draw the figures of an evaluation",
@@ -191,6 +201,18 @@ def _record(args: argparse.Namespace) -> None:
     )
 
 
+def _sweep(args: argparse.Namespace) -> int:
+    logging.getLogger("sae_lens").setLevel(logging.ERROR)  # of models that are passed in
+    results = run_sweep(args.config, args.out, dry_run=args.dry_run, say=_say)
+    if results is None:
+        return 0
+    for name, reason in results.refused.items():
+        _say(f"{name} is not in the tables: {reason}", wrap=True)
+    for name in TABLES:
+        _say(f"{name}: {args.out / f'{name}.csv'}")
+    return 1 if results.refused else 0
+
+
 def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
     """Folders by their last part, or by the whole path where that is not enough."""
     last = [printable(folder.resolve().name) for folder in folders]
@@ -276,6 +298,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _evaluate(args)
         elif args.command == "record":
             _record(args)
+        elif args.command == "sweep":
+            return _sweep(args)
         elif args.command == "plot":
             figures = args.out or args.results / "figures"
             for file in sae_afa_plugin.plots.save_plots(AFAResults.load(args.results), figures):
@@ -287,11 +311,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _train(rest)
     except KeyboardInterrupt:
         print(f"\nsae-afa {args.command}: interrupted", file=sys.stderr)  # noqa: T201
-        if args.command in ("demo", "evaluate", "record"):
+        if args.command in ("demo", "evaluate", "record", "sweep"):
             print("what is finished is kept: run the same again to go on", file=sys.stderr)  # noqa: T201
         return 130
     except _USERS_MISTAKES as error:
-        message = short(str(error))
+        if isinstance(error, Mistakes):  # a line for each
+            message = "\n  ".join(map(short, str(error).split("\n")))
+        else:
+            message = short(str(error))
         # a progress bar may have left its line open
         print(f"\nsae-afa {args.command}: error: {message}", file=sys.stderr)  # noqa: T201
         return 2

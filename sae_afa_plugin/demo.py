@@ -10,18 +10,17 @@ from typing import Any
 
 from sae_lens import TrainingSAEConfig
 
-from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, load_embedded_model, load_smollm2
+from sae_afa_plugin.activations.embedded import (
+    EMBEDDED_NAME,
+    SMOLLM2_NAME,
+    load_embedded_model,
+    load_smollm2,
+)
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.activations.tokens import tokenize
-from sae_afa_plugin.files import cache_folder
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.saes.topafa import TopAFATrainingSAEConfig
 from sae_afa_plugin.training.comparison import Comparison, topk_pair, train_and_evaluate
-
-
-def smollm2_folder() -> Path:
-    """Where the converted SmolLM2 is kept between runs."""
-    return cache_folder() / "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ DEMOS = {
         setup=Comparison("blocks.4.hook_resid_pre", training_tokens=256 * 1024),
     ),
     "smollm2": Demo(
-        model_name="HuggingFaceTB/SmolLM2-135M-Instruct",
-        load=lambda: load_smollm2(smollm2_folder()),
+        model_name=SMOLLM2_NAME,
+        load=load_smollm2,
         d_in=576,
         d_sae=2304,
         afa_coefficient=1 / 32,

@@ -46,7 +46,7 @@ from sae_afa_plugin._upstream import (
 from sae_afa_plugin.files import add_file, add_tensor, digest_of_module, user_path
 from sae_afa_plugin.hub import cached_file, check_readable, commit_of, offline
 from sae_afa_plugin.printable import printable
-from sae_afa_plugin.spaces import linear_code, why_not
+from sae_afa_plugin.spaces import LinearCode, linear_code, why_not
 
 _SHOWN_IDS = 8
 _NEEDED = ("d_in", "d_sae", "normalize_activations", "metadata")
@@ -370,8 +370,9 @@ class _InMemory(SAESource):
         own = (*SAE_CLASS_REGISTRY.values(), *SAE_TRAINING_CLASS_REGISTRY.values())
         if type(self.sae) in (kind for kind, _ in own):
             return digest_of_module(self.sae) + digest.hexdigest()
+        known = self.sae.identity if isinstance(self.sae, LinearCode) else None
         # its code is not known: another object may have the same tensors and encode otherwise
-        digest.update(self._once.encode())
+        digest.update((known or self._once).encode())
         for name, tensor in sorted(_tensors_of(self.sae).items()):
             digest.update(name.encode())
             add_tensor(digest, tensor)

@@ -190,6 +190,8 @@ class LinearCode(ABC):
         d_in: Width of what is encoded.
         per_token: Whether a token's features depend on that token alone. Where they depend on
             the batch, so does every score.
+        identity: What tells it from others that have the same tensors; None: nobody can say, so
+            results of an object are not taken for those of another.
     """
 
     W_dec: Tensor
@@ -197,6 +199,7 @@ class LinearCode(ABC):
     b_dec: Tensor
     d_in: int
     per_token: bool = True
+    identity: str | None = None
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:

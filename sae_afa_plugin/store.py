@@ -351,6 +351,9 @@ class Store:
             OSError: If it cannot be written.
         """
         place = self._place(sae, group, key)
+        # of another run, whose result had another key
+        for left in place.parent.glob(f".{self._beginning(sae)}{group}.*{PARTIAL}"):
+            clear_aside(left.with_name(left.name.removeprefix(".").removesuffix(PARTIAL)))
         with aside_of(place) as aside:  # only who has the claim writes here
             aside.mkdir(parents=True)
             digests: dict[str, str] = {}

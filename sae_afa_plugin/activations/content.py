@@ -16,9 +16,9 @@ from torch import Tensor
 
 from sae_afa_plugin._upstream import dataset_fingerprint
 from sae_afa_plugin.activations.documents import (
-    EMBEDDED_TEXT,
     AnyDataset,
     columns_read,
+    is_embedded,
     is_saved_dataset,
 )
 from sae_afa_plugin.files import add_tensor, digest_of_files
@@ -44,7 +44,7 @@ def content_of(dataset: AnyDataset, split: str = "train") -> str | None:
         add_tensor(digest, dataset.long() if whole else dataset)
         return digest.hexdigest()[:16]
     if isinstance(dataset, str | Path):
-        if str(dataset) == EMBEDDED_TEXT:
+        if is_embedded(dataset):
             return f"Python {platform.python_version()}"  # whose documentation it is
         place = Path(dataset)
         if not place.exists():
@@ -67,7 +67,7 @@ def content_of(dataset: AnyDataset, split: str = "train") -> str | None:
 
 def revision_of(dataset: AnyDataset) -> str | None:
     """The commit of a dataset on the hub; None for others, and where it is not known."""
-    if not isinstance(dataset, str | Path) or str(dataset) == EMBEDDED_TEXT:
+    if not isinstance(dataset, str | Path) or is_embedded(dataset):
         return None
     return None if Path(dataset).exists() else commit_of(str(dataset), "dataset", file="README.md")
 

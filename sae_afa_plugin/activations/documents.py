@@ -26,13 +26,14 @@ from huggingface_hub import metadata_load
 from torch import Tensor
 
 from sae_afa_plugin._upstream import datasets_cache
-from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.activations.text import Split, standard_library_texts
 from sae_afa_plugin.files import content_files, digest_of_files
 from sae_afa_plugin.hub import check_readable, offline
 
 AnyDataset: TypeAlias = "Dataset | DatasetDict | IterableDataset | IterableDatasetDict | Tensor | Sequence[str] | str | Path"
 
-EMBEDDED_TEXT = "embedded"
+# the embedded model was trained on the second
+_EMBEDDED: dict[str, Split] = {"embedded": "heldout", "embedded-train": "train"}
 TOKEN_COLUMNS = ("tokens", "input_ids")
 TEXT_COLUMNS = ("text", "problem")  # as SAELens's ActivationsStore looks for them
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -59,6 +60,11 @@ def leaves_out(column: str) -> bool:
         column: Its name.
     """
     return "mask" in column or column == "position_ids"
+
+
+def is_embedded(dataset: Any) -> bool:
+    """Whether this is text that needs no network, by its name."""
+    return str(dataset) in _EMBEDDED
 
 
 def is_saved_dataset(place: Path) -> bool:
@@ -96,7 +102,7 @@ def documents_of(
             raise ValueError(
                 f"the file {name} is of no known kind: use .txt or one of {sorted(_READERS)}"
             )
-        known = place.exists() or str(dataset) == EMBEDDED_TEXT
+        known = place.exists() or is_embedded(dataset)
         what = "" if known else "neither a local file or folder nor on the hub: it "
         try:
             dataset = _open(str(dataset), config, split)
@@ -151,8 +157,8 @@ def _only_what_is_read(dataset: Dataset | IterableDataset) -> Dataset | Iterable
 
 def _open(dataset: str, config: str | None, split: str) -> Dataset | DatasetDict | IterableDataset:
     place = Path(dataset)
-    if dataset == EMBEDDED_TEXT:
-        return Dataset.from_dict({"text": standard_library_texts("heldout")})
+    if dataset in _EMBEDDED:
+        return Dataset.from_dict({"text": standard_library_texts(_EMBEDDED[dataset])})
     if place.is_file():
         if place.suffix == ".txt":
             return Dataset.from_dict({"text": [place.read_text(encoding="utf-8")]})

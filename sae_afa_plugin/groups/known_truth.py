@@ -52,7 +52,7 @@ class TrueCode(LinearCode):
     def __init__(self, source: SyntheticActivations):
         self._source = source
         self._set_decoder(source.dictionary.feature_vectors, source.dictionary.bias)
-        self.d_in = self.W_dec.shape[1]
+        self.d_in, self.identity = self.W_dec.shape[1], f"the truth of {source.identity}"
         self.metadata = {"hook_name": source.hook_name}
 
     @override

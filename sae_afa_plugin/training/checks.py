@@ -60,10 +60,18 @@ def check_training(cfg: _Config, *saes: TrainingSAEConfig) -> None:
     limits.kind(cfg, "logger", LoggingConfig)
     limits.whole(cfg.logger, "wandb_log_frequency", at_least=1)
     for sae in saes:
-        _check_sae(sae)
+        check_sae(sae)
 
 
-def _check_sae(sae: TrainingSAEConfig) -> None:
+def check_sae(sae: TrainingSAEConfig) -> None:
+    """Refuse the config of an SAE that cannot be trained.
+
+    Args:
+        sae: The config.
+
+    Raises:
+        ValueError: If a number is of the wrong kind, NaN or infinite, or it is in float16.
+    """
     limits.whole(sae, "d_in", "d_sae", at_least=1)
     limits.dtype_and_device(sae)
     if str(sae.dtype).removeprefix("torch.") in ("float16", "fp16", "half"):

@@ -58,6 +58,8 @@ class SAETraining:
         seed: For the initial weights, and whatever else the SAE draws.
         data_seed: For the order of tokens; None: ``seed``.
         hook_head_index: The head it reads, where it reads one of several.
+        frozen_decoder: Whether the decoder stays as it was initialised: a control, which tells how
+            much of a result is owed to directions that were learned.
 
     Raises:
         ValueError: If a number is no possible one, there is no step to train, the SAE is in
@@ -80,6 +82,7 @@ class SAETraining:
     seed: int = 42
     data_seed: int | None = None
     hook_head_index: int | None = None
+    frozen_decoder: bool = False
 
     def __post_init__(self) -> None:
         limits.kind(self, "sae", TrainingSAEConfig)
@@ -88,6 +91,7 @@ class SAETraining:
         limits.text(self, "hook_name")
         limits.whole(self, "seed")
         limits.whole(self, "data_seed", "hook_head_index", none=True)
+        limits.truth(self, "frozen_decoder")
         if self.steps < 1:
             raise ValueError(
                 f"total_training_samples={self.trainer.total_training_samples} is no whole batch "
@@ -132,7 +136,10 @@ class SAETraining:
         trainer = {key: v for key, v in asdict(self.trainer).items() if key not in _ELSEWHERE}
         del sae["device"]
         data_seed = self.seed if self.data_seed is None else self.data_seed
-        return {"sae": sae, "trainer": trainer, "seed": self.seed, "data_seed": data_seed}
+        frozen = {"frozen_decoder": True} if self.frozen_decoder else {}
+        return {
+            "sae": sae, "trainer": trainer, "seed": self.seed, "data_seed": data_seed, **frozen,
+        }  # fmt: skip
 
 
 class _Trainer(SAETrainer[Any, Any]):
@@ -265,6 +272,7 @@ class Run:
             # on the CPU, so that it is the same SAE wherever it is trained
             torch.default_generator.manual_seed(seed)
             sae = TrainingSAE.from_dict(self._config)
+            sae.W_dec.requires_grad_(not self.training.frozen_decoder)
             self._random = {"cpu": torch.get_rng_state()}
         if self._device.type == "cuda":
             self._random["cuda"] = torch.Generator(self._device).manual_seed(seed).get_state()

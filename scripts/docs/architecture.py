@@ -56,7 +56,11 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "tables": ("for the terminal", _RESULT),
         "plots": ("one file per figure", _RESULT),
     },
-    {"demo": ("a small comparison", _TOOL), "report": ("one HTML page", _RESULT)},
+    {
+        "demo": ("a small comparison", _TOOL),
+        "report": ("one HTML page", _RESULT),
+        "sweep": ("many SAEs, compared", _SAE),
+    },
     {PACKAGE: ("the public names", _TOOL)},
     {"cli": ("sae-afa", _TOOL)},
 )

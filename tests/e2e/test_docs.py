@@ -269,6 +269,14 @@ def test_a_command_that_is_not_ours_can_work(command: Block):
     {"make": assert_make_can, "pip": assert_pip_can}[program](words)
 
 
+_NEEDED = {  # by a command that stands alone in a text
+    "plot": ["DIR"],
+    "report": ["DIR"],
+    "record": ["--hook", "HOOK", "--out", "DIR"],
+    "sweep": ["CONFIG", "--out", "DIR"],
+}
+
+
 def test_commands_in_the_text_can_be_parsed():
     found = 0
     for page, path in PAGES.items():
@@ -277,9 +285,7 @@ def test_commands_in_the_text_can_be_parsed():
             program, *words = span.split(" ", 1)
             arguments = shlex.split(words[0]) if words else []
             if program == "sae-afa" and arguments[:1] not in (["train"], []):
-                needed = ["DIR"] if arguments == [arguments[0]] else []
-                if arguments[0] in ("demo", "evaluate"):
-                    needed = []
+                needed = _NEEDED.get(arguments[0], []) if arguments == [arguments[0]] else []
                 if "--help" not in arguments:
                     _, rest = cli._parser().parse_known_args([*arguments, *needed])
                     assert not rest, (page, span)

@@ -13,8 +13,8 @@ from typing import Any
 _CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 
 
-def kill_before_writes(code: str, folder: Path) -> int:
-    """Run a job that is killed before every fifth change below a folder, and go on.
+def kill_before_writes(code: str, folder: Path, stride: int = 5) -> int:
+    """Run a job that is killed before every few changes below a folder, and go on.
 
     ``KILLS=1`` in the environment: before every change.
 
@@ -23,11 +23,12 @@ def kill_before_writes(code: str, folder: Path) -> int:
             it may import the tests beside it. What is killed are copies of its process, so all is
             imported and compiled once.
         folder: Where to work.
+        stride: How many.
 
     Returns:
         How many kills there were; each left what an undisturbed job leaves.
     """
-    stride = int(os.environ.get("KILLS", "5"))
+    stride = int(os.environ.get("KILLS", stride))
     ends = f"from helpers import kills\nkills.run(job, contents, {str(folder)!r}, {stride})"
     tests = Path(__file__).parents[1]
     places = [

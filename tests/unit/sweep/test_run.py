@@ -1,0 +1,180 @@
+"""A whole sweep on a world whose truth is known: its tables, equal L0, rows that are added, kills."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers.kills import kill_before_writes
+from safetensors.torch import load_file
+
+from sae_afa_plugin import cli
+from sae_afa_plugin.sweep.budget import groups_within, state_bytes
+from sae_afa_plugin.sweep.config import parse_sweep
+from sae_afa_plugin.sweep.grid import members
+from sae_afa_plugin.sweep.run import TABLES, run_sweep
+from sae_afa_plugin.sweep.sources import sources_of_sweep
+
+CONFIG = """
+synthetic: {world: small, heldout_tokens: 2000}
+seeds: [0, 1]
+d_sae: 64
+steps: 30
+trainer: {train_batch_size_samples: 128, lr: 1e-3}
+saes:
+  - architecture: truth
+  - {architecture: topafa, normalize_activations: none, afa_coefficient: 1/32}
+  - {architecture: topk, k: [4, 40]}
+  - {architecture: topk, k: 6, control: frozen_decoder}
+  - {architecture: topk, k: 6, control: untrained}
+  - {architecture: pca, k: 6}
+match_l0: [topk]
+measure: {bootstrap: 50}
+"""
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    out = tmp_path_factory.mktemp("sweep") / "out"
+    said = []
+    results = run_sweep(parse_sweep(CONFIG), out, progress=False, say=said.append)
+    return out, results, said
+
+
+def test_the_tables_say_what_was_trained(sweep):
+    out, results, said = sweep
+    summary = results.summary
+    assert results.refused == {}
+    assert len(summary) == 1 + 2 + 4 + 2 + 2 + 1 + 2
+    assert said[0] == "12 SAEs from 6 rows: 8 to train, 30 steps of 128 tokens each"
+    assert {file.name for file in out.iterdir() if file.is_file()} == {
+        *(f"{name}.csv" for name in TABLES), "sweep.json",
+    }  # fmt: skip
+    written = pd.read_csv(out / "summary.csv", index_col="sae")
+    assert list(written.index) == list(summary.index)
+    assert np.allclose(written["nmse_mean"], summary["nmse_mean"])
+    truth = summary.loc[summary["control"] == "truth"].iloc[0]
+    assert truth["f1"] == 1
+    pca = summary.loc[summary["control"] == "pca"].iloc[0]
+    assert pca["l0_mean"] == 6
+    frontier = results.frontier.set_index("setting")
+    of = summary.groupby("setting")
+    assert frontier["nmse_mean"].to_dict() == pytest.approx(of["nmse_mean"].mean().to_dict())
+    assert frontier["nmse_mean_sd"].dropna().to_dict() == pytest.approx(
+        of["nmse_mean"].std(ddof=1).dropna().to_dict()
+    )
+
+
+def test_others_are_trained_at_the_l0_that_was_chosen(sweep):
+    _, results, _ = sweep
+    summary, comparisons = results.summary, results.comparisons
+    chosen = summary[summary["chooses_l0"]]
+    told = summary[summary["setting"].str.fullmatch(r"topk d_sae=64 k=\d+")]
+    assert sorted(told["l0_mean"].round()) == sorted(chosen["l0_mean"].round())
+    how = comparisons.set_index("how")
+    trained, between = how.loc["trained at this L0"], how.loc[["interpolated"]]
+    assert trained["nmse_seeds"] == 2
+    assert trained["nmse_low"] <= trained["nmse_ratio"] <= trained["nmse_high"]
+    by_seed = chosen.set_index("seed")["nmse_mean"] / told.set_index("seed")["nmse_mean"]
+    assert by_seed.min() <= trained["nmse_ratio"] <= by_seed.max()
+    assert trained["nmse_sd_seeds"] == pytest.approx(by_seed.std(ddof=1), rel=1e-3)
+    assert set(between["against"]) == {"topk d_sae=64"}
+
+
+def test_pca_is_the_best_projection_and_its_directions_are_those_of_numpy(sweep):
+    out, results, _ = sweep
+    name = results.summary.index[results.summary["control"] == "pca"][0]
+    weights = load_file(out / "saes" / name / "sae_weights.safetensors")
+    x = sources_of_sweep(parse_sweep(CONFIG), "cpu").training
+    x = x.read(["synthetic"], 0, x.n_tokens)["synthetic"].double().numpy()
+    _, _, vectors = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    cosines = np.abs(weights["W_dec"][:6].double().numpy() @ vectors[:6].T)
+    assert np.allclose(np.linalg.svd(cosines)[1], 1, atol=0.02)
+
+
+def test_a_frozen_decoder_is_the_one_it_began_with(sweep):
+    out, results, _ = sweep
+    of = results.summary["control"]
+    for seed in (0, 1):
+        frozen, fresh = (
+            load_file(out / "saes" / name / "sae_weights.safetensors")
+            for control in ("frozen_decoder", "untrained")
+            for name in of.index[(of == control) & (results.summary["seed"] == seed)]
+        )
+        assert torch.equal(frozen["W_dec"], fresh["W_dec"])
+        assert not torch.equal(frozen["W_enc"], fresh["W_enc"])
+
+
+def test_a_row_that_is_added_is_all_that_is_trained(sweep):
+    out, results, _ = sweep
+    before = {f: f.stat().st_mtime_ns for f in (out / "saes").rglob("*.safetensors")}
+    more = CONFIG.replace("k: [4, 40]", "k: [4, 8, 40]")
+    again = run_sweep(parse_sweep(more), out, progress=False)
+    after = {f: f.stat().st_mtime_ns for f in (out / "saes").rglob("*.safetensors")}
+    assert {f: after[f] for f in before} == before
+    new = {f.parent.name for f in set(after) - set(before)}
+    assert new == {f"topk_k=8_d-sae=64_synthetic_seed={seed}" for seed in (0, 1)}
+    kept = again.summary.loc[results.summary.index, "nmse_mean"]
+    pd.testing.assert_series_equal(kept, results.summary["nmse_mean"])
+
+
+def test_groups_fit_the_memory():
+    sweep = parse_sweep(CONFIG)
+    trainings = {
+        m.name: m.training(sweep, 96, "cpu") for m in members(sweep, "x") if m.row.is_trained
+    }
+    one = state_bytes(next(iter(trainings.values())))
+    groups = groups_within(trainings, (3.5 * one + 6 * 4 * 128 * 64) / 2**30)
+    assert [len(group) for group in groups] == [3, 3, 2]
+    assert {n: t for group in groups for n, t in group.items()} == trainings
+    with pytest.raises(ValueError, match="alone takes .* raise memory, or lower d_sae"):
+        groups_within(trainings, 1e-6)
+
+
+KILLED = """
+from test_run import CONFIG, contents
+from sae_afa_plugin.sweep.config import parse_sweep
+from sae_afa_plugin.sweep.run import run_sweep
+
+sweep = parse_sweep(CONFIG.replace("steps: 30", "steps: 4").replace("seeds: [0, 1]", "seeds: [0]"))
+
+def job(folder):
+    run_sweep(sweep, folder, progress=False)
+"""
+
+
+def contents(folder: Path):
+    """What must be equal: weights, and the tables without times."""
+    weights = {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*.safetensors")}
+    summary = pd.read_csv(folder / "summary.csv", index_col="sae")
+    times = [column for column in summary if "second" in column or column == "source"]
+    comparisons = (folder / "comparisons.csv").read_text()
+    return weights, summary.drop(columns=times).to_csv(), comparisons
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="it kills copies of a process")
+def test_killed_anywhere_it_is_the_same(tmp_path):
+    assert kill_before_writes(KILLED, tmp_path, 97) > 3
+
+
+def test_the_command(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text(CONFIG.replace("steps: 30", "steps: 2"))
+    command = ["sweep", str(config), "--out", str(tmp_path / "out")]
+    assert cli.main([*command, "--dry-run"]) == 0
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    said = capsys.readouterr().out
+    assert "12 SAEs from 6 rows: 8 to train" in said
+    assert "training steps take about" in said
+    config.write_text("hooks: a\nstepps: 3\nsaes: [topkk]")
+    assert cli.main(command) == 2
+    said = capsys.readouterr().err
+    assert "mine.yaml has 2 mistakes\n  line 2: stepps" in said
+    assert "did you mean steps" in said
+    assert cli.main(["sweep", "nothing.yaml", "--out", str(tmp_path / "out")]) == 2
+    assert "name a file, or one of demo.yaml, paper.yaml" in capsys.readouterr().err
