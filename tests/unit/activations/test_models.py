@@ -283,7 +283,8 @@ def test_an_objects_identity_is_what_decides_its_numbers():
     ],
 )
 def test_a_folder_of_a_gpt2_is_run_as_its_config_says(tmp_path, config):
-    hf_model = tiny_gpt2(3, 16, **config).eval()
+    # other kernels of transformers 4.56 do not follow the scales
+    hf_model = tiny_gpt2(3, 16, **config, attn_implementation="eager").eval()
     for parameter in hf_model.parameters():
         parameter.data.mul_(3)  # so that it matters
     hf_model.save_pretrained(tmp_path)
