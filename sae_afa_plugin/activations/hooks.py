@@ -123,14 +123,16 @@ def inner_model(model: Any) -> list[nn.Module]:
 def not_training(module: nn.Module) -> Generator[None]:
     """Run a module without dropout and with the statistics it has, and put it back as it was."""
     # only what has to change: setting every flag of a TransformerBridge takes 13 ms
-    training = [part for part in parts_of(module) if part.training]
-    for part in training:
-        part.training = False
+    before = [(part, part.training) for part in parts_of(module)]
+    for part, training in before:
+        if training:
+            part.training = False
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for part, training in before * 2:  # in some versions a part sets another's with its own
+            if part.training != training:
+                part.training = training
 
 
 def unusual_state(model: Any) -> list[str]:

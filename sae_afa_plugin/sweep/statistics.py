@@ -60,8 +60,8 @@ def paired_difference(
         >>> tokens = pd.DataFrame({"sequence": [0, 0, 1, 1], "nmse": [0.2, 0.4, 0.1, 0.3]})
         >>> half = tokens.assign(nmse=tokens["nmse"] / 2)
         >>> found = paired_difference([(half, tokens)], "nmse", draws=20)
-        >>> round(found.ratio, 3), round(found.low, 3), round(found.high, 3)
-        (0.5, 0.5, 0.5)
+        >>> print(f"{found.ratio:.3f} {found.low:.3f} {found.high:.3f}")
+        0.500 0.500 0.500
     """
     if not pairs:
         raise ValueError("there is nothing to compare")
@@ -81,9 +81,9 @@ def paired_difference(
         drawn[number] = first / second
     total = whole.sum(0)
     return Difference(
-        first=total[0] / total[2],
-        second=total[1] / total[2],
-        ratio=total[0] / total[1],
+        first=float(total[0] / total[2]),
+        second=float(total[1] / total[2]),
+        ratio=float(total[0] / total[1]),
         low=float(np.quantile(drawn, 0.025)),
         high=float(np.quantile(drawn, 0.975)),
         sd_seeds=float(np.std(ratios, ddof=1)) if n_seeds > 1 else math.nan,

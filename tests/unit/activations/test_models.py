@@ -184,7 +184,7 @@ def test_training_mode_and_hooks_do_not_change_what_is_read(kind, tmp_path):
     _, cache = model.run_with_cache(torch.arange(24).view(3, 8), names_filter=hooks)
     assert seen
     assert not torch.allclose(cache[hooks[1]].flatten(0, 1), quiet[hooks[1]])
-    model.reset_hooks(including_permanent=True)
+    point.remove_hooks(including_permanent=True)
     assert unusual_state(model) == []
 
 
