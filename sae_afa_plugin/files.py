@@ -121,6 +121,17 @@ def clear_aside(path: Path) -> None:
         _aside(path).unlink(missing_ok=True)
 
 
+def clear_asides(folder: Path, beginning: str = "") -> None:
+    """The same for all that would have become something of a folder.
+
+    Args:
+        folder: Where.
+        beginning: Only what would have had a name that begins so.
+    """
+    for left in folder.glob(f".{beginning}*{PARTIAL}"):
+        clear_aside(left.with_name(left.name.removeprefix(".").removesuffix(PARTIAL)))
+
+
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 

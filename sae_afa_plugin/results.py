@@ -187,10 +187,7 @@ class AFAResults:
     def _write_beside_others(self, store: Store, parts: Parts) -> None:
         """Bring the index of a store up to date, and leave what it says of other SAEs."""
         with store.alone():
-            try:
-                before = read_index(store)
-            except ValueError:  # damaged: it is made anew
-                before = None
+            before = _index_if_whole(store)
             of_others, summary, metadata = before or ({}, pd.DataFrame(), {})
             names = {str(name) for name in self.summary.index}
             others = [name for name in of_others if name not in names]
@@ -348,6 +345,16 @@ def read_index(
     return parts, summary, metadata
 
 
+def _index_if_whole(
+    store: Store,
+) -> tuple[dict[str, dict[str, StoredResult]], pd.DataFrame, dict[str, Any]] | None:
+    """The same, and None for one that is damaged: it is about to be made anew."""
+    try:
+        return read_index(store)
+    except ValueError:
+        return None
+
+
 def update_index(
     store: Store,
     own: Parts,
@@ -374,10 +381,7 @@ def update_index(
         for result in store.results():  # the newest of each is what counts
             parts.setdefault(result.sae, {})[result.group] = result
         reasons: dict[str, str] = {}
-        try:
-            before = read_index(store)
-        except ValueError:  # damaged: it is made anew
-            before = None
+        before = _index_if_whole(store)
         if before is not None:
             for name, of in before[0].items():
                 parts[name] = {**parts.get(name, {}), **of}

@@ -37,10 +37,10 @@ from filelock import AcquireReturnProxy, BaseFileLock, FileLock, Timeout
 
 from sae_afa_plugin.activations.base import different_settings
 from sae_afa_plugin.files import (
-    PARTIAL,
     add_file,
     aside_of,
     clear_aside,
+    clear_asides,
     read_object,
     read_sealed,
     user_path,
@@ -274,8 +274,7 @@ class Store:
                 return
             for lock in claims.glob("*.lock"):
                 lock.unlink(missing_ok=True)
-            for left in results.glob(f".*{PARTIAL}"):  # of results that could not be written
-                clear_aside(results / left.name.removeprefix(".").removesuffix(PARTIAL))
+            clear_asides(results)  # of results that could not be written
             for folder in (claims, results):
                 with suppress(OSError):  # somebody's own files may be in it
                     folder.rmdir()
@@ -352,8 +351,7 @@ class Store:
         """
         place = self._place(sae, group, key)
         # of another run, whose result had another key
-        for left in place.parent.glob(f".{self._beginning(sae)}{group}.*{PARTIAL}"):
-            clear_aside(left.with_name(left.name.removeprefix(".").removesuffix(PARTIAL)))
+        clear_asides(place.parent, f"{self._beginning(sae)}{group}.")
         with aside_of(place) as aside:  # only who has the claim writes here
             aside.mkdir(parents=True)
             digests: dict[str, str] = {}

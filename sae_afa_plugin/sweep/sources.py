@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,8 +106,3 @@ def _metadata(sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any]:
 def usual_device(device: str | None) -> str:
     """The device that is asked for, or a GPU if there is one."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def is_folder(world: str) -> bool:
-    """Whether a world is the folder of a saved model."""
-    return world not in WORLDS and Path(world).is_dir()
