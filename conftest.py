@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import pytest
 import torch
 from hypothesis import settings
 
@@ -18,3 +19,11 @@ if not torch.cuda.is_available():
 collect_ignore = (
     [] if importlib.util.find_spec("triton") else ["sae_afa_plugin/rules/triton_kernel.py"]
 )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse values without an order: each of pytest-xdist's processes would have its own."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        values = mark.args[1] if len(mark.args) > 1 else mark.kwargs["argvalues"]
+        if isinstance(values, set | frozenset):
+            pytest.fail(f"{metafunc.definition.nodeid}: parametrize over a list, not a set")

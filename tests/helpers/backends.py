@@ -46,7 +46,7 @@ def _stable_sort(acts, target, decoder_norm=None, p=2, per="row"):
 
 # a new backend is among them as soon as its file is there
 BACKENDS: dict[str, Way] = {each.name: partial(_call, each) for each in backends()}
-EVERY_DTYPE = {"stable sort", *(each.name for each in backends() if _takes_float64(each))}
+EVERY_DTYPE = ["stable sort", *(each.name for each in backends() if _takes_float64(each))]
 BACKENDS["stable sort"] = _stable_sort  # what PyTorch does on other devices
 
 if "triton" in BACKENDS:
