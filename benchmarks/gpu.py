@@ -284,7 +284,7 @@ def run(card: Card) -> Iterable[Row]:
 
     torch.set_float32_matmul_precision("high")
     if card.small:
-        model, warm, n_tokens = load_embedded_model(card.device), 8_192, 20_480
+        model, warm, n_tokens = load_embedded_model(card.device), 4_096, 8_192
         sizes = {"d_in": 192, "d_sae": 1024, "hook_name": "blocks.4.hook_resid_pre"}
     else:
         model, warm, n_tokens = evaluator.load_model(card.device), 204_800, 4_096_000
@@ -345,7 +345,7 @@ def compare_evaluators(card: Card) -> Iterable[Row]:
     with tempfile.TemporaryDirectory() as folder:
         saes = Path(folder)
         evaluator.make_saes(saes, d_sae, 60, card.device)
-        for _ in range(2):  # the first time is a warm-up
+        for _ in range(1 if card.small else 2):  # the first time is a warm-up
             ours = evaluator.evaluator(saes, n_tokens, False, card.device)["seconds"]
             theirs = evaluator.run_evals(saes, n_tokens, card.device)["seconds"]
     for name, took in (("evaluate_saes", ours), ("run_evals", theirs)):

@@ -138,6 +138,7 @@ from pathlib import Path
 
 import torch
 from sae_afa_plugin import cli, top_afa
+from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.demo import DEMOS
 from sae_afa_plugin.saes import sparse
 
@@ -149,7 +150,8 @@ short = replace(
     heldout_tokens=500, ce_tokens=1024, checkpoint_seconds=0.0,
 )
 DEMOS["embedded"] = replace(demo, d_sae=256, k=20, setup=short)
-# imported and compiled once; what is killed are copies of this process
+# imported, read and compiled once; what is killed are copies of this process
+standard_library_texts("train"), standard_library_texts("heldout")
 top_afa(torch.ones(1, 2), torch.ones(1))
 sparse.decode(torch.zeros(1, 2), torch.ones(2, 2))
 

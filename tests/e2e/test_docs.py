@@ -25,11 +25,12 @@ from helpers.releases import (
     publish_gpt2,
     publish_lines,
     publish_release,
-    texts_of,
 )
 from markdown.extensions.toc import slugify
 
 from sae_afa_plugin import cli
+from sae_afa_plugin.activations.text import standard_library_texts
+from sae_afa_plugin.sweep.config import parse_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -208,7 +209,14 @@ def name_of(block: Block) -> str:
 def test_every_block_says_what_it_is():
     assert len(BLOCKS) > 20
     for block in BLOCKS:
-        assert block.language in ("python", "bash", *NO_CODE), name_of(block)
+        assert block.language in ("python", "bash", "yaml", *NO_CODE), name_of(block)
+
+
+def test_every_block_of_yaml_is_a_sweep():
+    found = [block for block in BLOCKS if block.language == "yaml"]
+    assert found
+    for block in found:
+        assert parse_sweep(block.text, name_of(block)).saes
 
 
 def test_every_doctest_is_collected(pytestconfig: pytest.Config):
@@ -365,7 +373,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with LoopbackHub(tmp_path_factory.mktemp("hub")) as hub:
         publish_gpt2(hub.repo("gpt2"))
         publish_release(hub.repo(RELEASE_REPO))
-        texts = [{"text": text} for text in texts_of("train")[:60]]
+        texts = [{"text": text} for text in standard_library_texts("train")[:60]]
         publish_lines(hub.repo("Skylion007/openwebtext", "datasets"), texts)
         publish_lines(hub.repo("NeelNanda/pile-10k", "datasets"), pile()[0])
         printed = run_client(hub, SESSION, folder)

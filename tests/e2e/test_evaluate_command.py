@@ -35,13 +35,13 @@ from helpers.releases import (
     publish_lines,
     publish_old_sae,
     publish_release,
-    texts_of,
 )
 from sae_lens import StandardSAE, StandardSAEConfig
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 
 from sae_afa_plugin import cli
+from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.results import AFAResults
 
 CATALOGUE_L0 = [10, 10, 18, 23, 31, 41, 51, 54, 60, 70, 52, 56, 70]
@@ -69,7 +69,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
             publish_old_sae(
                 repo / f"{layer}-res_scefr-ajt", f"blocks.{layer}.hook_resid_pre", 100 + layer
             )
-        texts = texts_of("train")[:20]
+        texts = standard_library_texts("train")[:20]
         publish_lines(loopback.repo("somebody/text", "datasets"), [{"text": t} for t in texts])
         rows, pile_texts = pile()
         publish_lines(loopback.repo("somebody/pile", "datasets"), rows)
@@ -894,7 +894,7 @@ def test_a_folder_keeps_to_its_settings(
 def test_a_dataset_that_has_changed_is_refused(saes: Path, tmp_path: Path, run: Run) -> None:
     text, out = tmp_path / "text.txt", tmp_path / "out"
     command = ["--model", "sae-afa-demo", "--dataset", text, "--tokens", 200, "--out", out]
-    texts = texts_of("heldout")
+    texts = standard_library_texts("heldout")
     text.write_text(texts[0] + texts[1], encoding="utf-8")
     assert run("--path", saes / "a", *command).status == 0
     before = AFAResults.load(out)
@@ -1211,7 +1211,7 @@ def test_a_dataset_that_cannot_be_read(saes: Path, tmp_path: Path, run: Run, kin
 
 
 def test_documents_without_text_are_not_read_as_words(saes: Path, tmp_path: Path, run: Run) -> None:
-    texts = texts_of("heldout")[:3]
+    texts = standard_library_texts("heldout")[:3]
     for name, rows in (("with", [texts[0], None, *texts[1:]]), ("without", texts)):
         (tmp_path / name).mkdir()
         file = write_rows([{"text": text} for text in rows])(tmp_path / name)
@@ -1225,7 +1225,10 @@ def test_documents_without_text_are_not_read_as_words(saes: Path, tmp_path: Path
 
 
 def test_a_pile_without_the_papers_part_is_said(saes: Path, tmp_path: Path, run: Run) -> None:
-    rows = [{"text": t, "meta": {"pile_set_name": "Github"}} for t in texts_of("heldout")[:3]]
+    rows = [
+        {"text": t, "meta": {"pile_set_name": "Github"}}
+        for t in standard_library_texts("heldout")[:3]
+    ]
     command = ["--path", saes / "a", "--model", "sae-afa-demo", "--protocol", "paper"]
     dataset = write_rows(rows)(tmp_path)
     message = run(*command, "--dataset", dataset, "--out", tmp_path / "out").error()
@@ -1247,7 +1250,7 @@ def test_a_pile_without_the_papers_part_is_said(saes: Path, tmp_path: Path, run:
 def test_arguments_that_cannot_work(
     saes: Path, tmp_path: Path, run: Run, arguments: list[str], parts: list[str]
 ) -> None:
-    data = Dataset.from_dict({"text": texts_of("heldout")[:3]})
+    data = Dataset.from_dict({"text": standard_library_texts("heldout")[:3]})
     DatasetDict({"train": data}).save_to_disk(tmp_path / "data")
     command = command_for(saes, "a")
     command[command.index("embedded")] = str(tmp_path / "data")

@@ -14,8 +14,9 @@ from helpers.releases import (
     publish_gpt2,
     publish_lines,
     publish_old_sae,
-    texts_of,
 )
+
+from sae_afa_plugin.activations.text import standard_library_texts
 
 HOOKS = ("blocks.2.hook_resid_pre", "blocks.5.hook_resid_pre")
 CODE = """
@@ -39,7 +40,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
         publish_gpt2(loopback.repo("gpt2"))
         for seed, hook in enumerate(HOOKS):
             publish_old_sae(loopback.repo(RELEASE_REPO) / hook, hook, seed)
-        rows = [{"text": text} for text in texts_of("train")[:5]]
+        rows = [{"text": text} for text in standard_library_texts("train")[:5]]
         publish_lines(loopback.repo("somebody/text", "datasets"), rows)
         yield loopback
 

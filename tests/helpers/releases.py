@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ RELEASE_IDS = [*(f"blocks.{i}.hook_resid_pre" for i in range(12)), "blocks.11.ho
 RELEASE_REPO = "jbloom/GPT2-Small-SAEs-Reformatted"
 D_MODEL, D_SAE = 16, 48
 SUBSET = "OpenWebText2"
-
-texts_of = cache(standard_library_texts)
 
 
 def publish_gpt2(folder: Path) -> None:
@@ -82,7 +79,7 @@ def publish_lines(repo: Path, rows: list[dict[str, Any]]) -> None:
 def text_of_exactly(n: int) -> str:
     """A text that the tokenizer turns into n tokens."""
     tokenizer = gpt2_tokenizer()
-    for text in texts_of("heldout"):
+    for text in standard_library_texts("heldout"):
         cut = tokenizer.decode(tokenizer(text)["input_ids"][:n])
         if len(tokenizer(cut)["input_ids"]) == n:
             return cut
@@ -98,7 +95,9 @@ def publish_release(hub_repo: Path) -> None:
 def pile() -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a dataset like pile-10k, and the texts that the paper's protocol may use."""
     tokenizer = gpt2_tokenizer()
-    long = [t for t in texts_of("train")[:200] if len(tokenizer(t)["input_ids"]) >= 200]
+    long = [
+        t for t in standard_library_texts("train")[:200] if len(tokenizer(t)["input_ids"]) >= 200
+    ]
     assert len(long) >= 84
     fitting = [*long[:23], text_of_exactly(127)]  # with BOS, 127 are just enough
     rows: list[dict[str, Any]] = []
