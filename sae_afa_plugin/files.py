@@ -182,8 +182,9 @@ def _number_of(path: Path, error: BaseException) -> int:
     """The system's number of an error, 0 if there is none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors
-        return int(found[1])
+    # of safetensors, by its versions
+    if found := re.search(r"\(os error (\d+)\)|\bOs \{ code: (\d+)", str(error)):
+        return int(found[1] or found[2])
     with suppress(OSError):
         # torch.save says at which byte it could not go on, and not why
         if not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < _NO_ROOM:

@@ -78,10 +78,14 @@ def said(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def whole_files(folder: Path) -> dict[Path, bytes]:
-    """What is finished; nothing is left of what is not."""
+    """What is finished; nothing is left of what is not, and a checkpoint goes with what it is for."""
     files = [f for f in folder.rglob("*") if f.is_file() and f.suffix != ".lock"]
     assert not [f for f in files if ".partial" in str(f) or f.name.startswith(".")]
-    return {f: f.read_bytes() for f in files if f.name in FINISHED or f.suffix == ".png"}
+    return {
+        f: f.read_bytes()
+        for f in files
+        if (f.name in FINISHED or f.suffix == ".png") and "checkpoint-" not in f.parent.name
+    }
 
 
 FINISHED = ("result.json", "tokens.parquet", "features.parquet", "sae_weights.safetensors")
