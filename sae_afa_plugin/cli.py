@@ -37,10 +37,14 @@ from sae_afa_plugin.demo import DEMOS, run_demo
 from sae_afa_plugin.evaluation import evaluate_sources
 from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import energy_sentence
+from sae_afa_plugin.pages import write_page
 from sae_afa_plugin.printable import printable, short, show_only_printable_messages
 from sae_afa_plugin.results import REPORT_FILENAME, RESULTS_FILENAME, AFAResults
 from sae_afa_plugin.sources import SAESource, sources_of, sources_of_release
-from sae_afa_plugin.sweep.run import TABLES, run_sweep
+from sae_afa_plugin.sweep.figures import save_figures
+from sae_afa_plugin.sweep.page import render_sweep
+from sae_afa_plugin.sweep.results import TABLES, SweepResults, is_sweep
+from sae_afa_plugin.sweep.run import run_sweep
 from sae_afa_plugin.sweep.source_lines import Mistakes
 from sae_afa_plugin.tables import results_table
 from sae_afa_plugin.training.comparison import EVALUATION_FOLDER
@@ -119,7 +123,10 @@ def _parser() -> _Parser:
     report.add_argument("--out", type=user_path, help=f"the file (default: DIR/{REPORT_FILENAME})")
     for of_results in (plot, report):
         of_results.add_argument(
-            "results", type=user_path, metavar="DIR", help="folder that sae-afa evaluate has left"
+            "results",
+            type=user_path,
+            metavar="DIR",
+            help="folder that sae-afa evaluate or sae-afa sweep has left",
         )
 
     commands.add_parser(
@@ -210,7 +217,20 @@ def _sweep(args: argparse.Namespace) -> int:
         _say(f"{name} is not in the tables: {reason}", wrap=True)
     for name in TABLES:
         _say(f"{name}: {args.out / f'{name}.csv'}")
+    _say(f"Report, to be opened in a browser: {(args.out / REPORT_FILENAME).resolve().as_uri()}")
     return 1 if results.refused else 0
+
+
+def _plot(results: Path, figures: Path) -> list[Path]:
+    if is_sweep(results):
+        return save_figures(SweepResults.load(results), figures)
+    return sae_afa_plugin.plots.save_plots(AFAResults.load(results), figures)
+
+
+def _report(results: Path, path: Path) -> Path:
+    if is_sweep(results):
+        return write_page(render_sweep(SweepResults.load(results)), path)
+    return sae_afa_plugin.write_report(AFAResults.load(results), path)
 
 
 def _by_shortest_names(folders: Sequence[Path]) -> dict[str, Path]:
@@ -301,12 +321,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "sweep":
             return _sweep(args)
         elif args.command == "plot":
-            figures = args.out or args.results / "figures"
-            for file in sae_afa_plugin.plots.save_plots(AFAResults.load(args.results), figures):
+            for file in _plot(args.results, args.out or args.results / "figures"):
                 _say(str(file))
         elif args.command == "report":
-            path = args.out or args.results / REPORT_FILENAME
-            _say(str(sae_afa_plugin.write_report(AFAResults.load(args.results), path)))
+            _say(str(_report(args.results, args.out or args.results / REPORT_FILENAME)))
         else:
             _train(rest)
     except KeyboardInterrupt:

@@ -7,24 +7,22 @@ comes from a dataset is data everywhere: escaped by the template, or set as text
 from __future__ import annotations
 
 import base64
-import io
 import json
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from sae_afa_plugin import plots
 from sae_afa_plugin.activations.contexts import shown_text
 from sae_afa_plugin.commands import evaluate_commands, shell_lines
-from sae_afa_plugin.files import check_ours, user_path, write_whole
+from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import SHARES, energy_sentence
-from sae_afa_plugin.results import REPORT_FILENAME, AFAResults
+from sae_afa_plugin.pages import embedded, render, write_page
+from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.tables import shown, shown_columns
 
 _POINTS = 100_000  # of the interactive plot, over all SAEs
@@ -47,25 +45,11 @@ def write_report(results: AFAResults, path: str | Path, n_points: int = _POINTS)
     Raises:
         ValueError: If there is a file that this package has not written.
     """
-    path = user_path(path)
-    if path.is_dir():
-        path = path / REPORT_FILENAME
-    check_ours(path)
-    page = render_report(results, n_points)
-    # names of folders may hold bytes that are no UTF-8
-    content = page.encode(errors="backslashreplace")
-    write_whole(path, lambda partial: partial.write_bytes(content))
-    return path
+    return write_page(render_report(results, n_points), user_path(path))
 
 
 def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
     """The report as one string of HTML; see :func:`write_report`."""
-    environment = Environment(
-        loader=PackageLoader("sae_afa_plugin"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     columns = shown_columns(results.summary)
     facts: list[tuple[str, dict[Any, Any]]] = [
         (str(name), row.to_dict()) for name, row in results.summary.iterrows()
@@ -74,18 +58,15 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
     # the interactive plot stands for the first of them
     drawn = [picture for picture in plots.pictures(results) if picture.name != "zf"]
     sampled = _sampled(results, n_points)
-    return environment.get_template("report.html.j2").render(
-        made=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    return render(
+        "report.html.j2",
         names=names,
         colours=plots.colours(names),
         settings=results.metadata.get("settings", {}),
         versions=results.metadata.get("versions", {}),
         refused=results.metadata.get("refused", {}),
         command=shell_lines(evaluate_commands(results)),
-        headings=[
-            (column.heading.replace("-\n", "").replace("\n", " "), column.meaning)
-            for column in columns
-        ],
+        headings=[(column.in_a_line, column.meaning) for column in columns],
         rows=[
             (
                 name,
@@ -105,7 +86,9 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
         n_tokens=int(results.summary["tokens"].max()),
         n_all=int(results.summary["tokens"].sum()),
         n_drawn=sum(map(len, sampled.values())),
-        figures=[(picture.title, picture.text, _png(picture.draw(results))) for picture in drawn],
+        figures=[
+            (picture.title, picture.text, embedded(picture.draw(results))) for picture in drawn
+        ],
         extremes=_extremes(results),
         data=Markup(json.dumps(_interactive(results, sampled)).replace("<", "\\u003c")),
         plotly=Markup(get_plotlyjs()),
@@ -125,12 +108,6 @@ def _about(row: dict[Any, Any]) -> dict[str, str]:
 
 def _sortable(value: Any) -> float:
     return -1e300 if pd.isna(value) else float(value)
-
-
-def _png(figure: Any) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 # --- the interactive plot ---

@@ -94,7 +94,7 @@ class AFA(MetricGroup):
         ),
         Column(
             "over_activated",
-            "over-\nactivated",
+            "over‑\nactivated",
             "Share of tokens whose features weigh more than the input.",
             "{:.1%}".format,
             53,

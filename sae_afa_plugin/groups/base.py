@@ -42,7 +42,8 @@ class Column(NamedTuple):
 
     Args:
         name: Its key in the summary.
-        heading: Above it in tables, with line breaks (after a hyphen, within a word) for narrow ones.
+        heading: Above it in tables, with line breaks for narrow ones. A hyphen before one divides a
+            word; one that stays is a non-breaking hyphen.
         meaning: One sentence that explains it.
         form: How a value is written.
         place: Columns stand in this order.
@@ -55,6 +56,16 @@ class Column(NamedTuple):
     form: Callable[[Any], str] = "{:.4f}".format
     place: int = 100
     need: int = 10
+
+    @property
+    def in_a_line(self) -> str:
+        """The heading without line breaks.
+
+        Example:
+            >>> Column("f1", "preci-\\nsion of\\nall", "").in_a_line
+            'precision of all'
+        """
+        return self.heading.replace("-\n", "").replace("\u2011\n", "-").replace("\n", " ")
 
 
 @dataclass

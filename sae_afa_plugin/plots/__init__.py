@@ -26,8 +26,10 @@ from sae_afa_plugin.plots.style import (
     colours,
     groups,
     is_constant,
+    literal,
     merged,
     picture,
+    styled,
 )
 from sae_afa_plugin.plots.violin import violin_plot
 from sae_afa_plugin.plots.zf import BANDS, band, zf_plot
@@ -46,10 +48,13 @@ __all__ = [
     "groups",
     "is_constant",
     "l0_plot",
+    "literal",
     "merged",
     "picture",
     "pictures",
+    "save_figure",
     "save_plots",
+    "styled",
     "violin_plot",
     "zf_plot",
 ]
@@ -86,18 +91,36 @@ def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
         OSError: If one cannot be written. Those before it are whole.
         ValueError: If somebody else's file has the name of one.
     """
+    return [
+        path
+        for name, draw in drawable(results).items()
+        for path in save_figure(draw(results), folder, name)
+    ]
+
+
+def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
+    """Write one figure as PNG and PDF.
+
+    Args:
+        figure: What to write.
+        folder: Made if it does not exist.
+        name: Of the files.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: If one cannot be written.
+        ValueError: If somebody else's file has the name of one.
+    """
     folder = user_path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-    for name, draw in drawable(results).items():
-        figure = draw(results)
-        for kind in ("png", "pdf"):
-            written.append(folder / f"{name}.{kind}")
-            check_ours(written[-1])
-            made_by = {_MADE_BY[kind]: OURS}
-            save = partial(
-                figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata=made_by
-            )
-            write_whole(written[-1], save)
+    written = [folder / f"{name}.{kind}" for kind in _MADE_BY]
+    for path, (kind, key) in zip(written, _MADE_BY.items(), strict=True):
+        check_ours(path)
+        save = partial(
+            figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata={key: OURS}
+        )
+        write_whole(path, save)
     return written

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from sae_afa_plugin.plots.style import Results, axes_of, colours, literal, merge
 
 _MARKERS = "osD^vPX*"
 _LINES = ("-", "--", ":", "-.")
+_CE = "core_ce_loss_score"
 
 
 @picture(
@@ -26,7 +28,13 @@ _LINES = ("-", "--", ":", "-.")
     needs=lambda results: len(results.summary) > 1,
 )
 def frontier_plot(
-    results: Results | pd.DataFrame, ax: Axes | None = None, ce_recovered: bool = False
+    results: Results | pd.DataFrame,
+    ax: Axes | None = None,
+    ce_recovered: bool = False,
+    *,
+    column: str = "nmse_mean",
+    legend: bool = True,
+    kinds: Sequence[str] | None = None,
 ) -> Figure:
     """L0 against the error, one line for each architecture and hook; lower left is better.
 
@@ -38,17 +46,23 @@ def frontier_plot(
         ax: Axes to draw into.
         ce_recovered: Draw the share of the loss that is lost, ``1 - core_ce_loss_score``,
             instead of NMSE.
+        column: What is drawn against L0, if it is another.
+        legend: Whether to say which line is which.
+        kinds: The names that colours and markers are for, where several axes share them; None:
+            those that are there.
 
     Raises:
         ValueError: If a column is missing, or no row has values in both.
     """
     table = results if isinstance(results, pd.DataFrame) else merged(results).summary
-    column = "core_ce_loss_score" if ce_recovered else "nmse_mean"
+    if ce_recovered:
+        column = _CE
+    is_error = column in (_CE, "nmse_mean")
     missing = [name for name in ("architecture", "l0_mean", column) if name not in table]
     if missing:
         raise ValueError(
             f"the table has no column {', '.join(missing)}"
-            + (": evaluate with core=True (--core)" if ce_recovered else "")
+            + (": evaluate with core=True (--core)" if column == _CE else "")
         )
     # a BatchTopK SAE is saved as a JumpReLU one: how it was trained says more, where it is known
     kind = table["architecture"]
@@ -62,14 +76,14 @@ def frontier_plot(
             "hook": hook.fillna("").astype(str),
             "group": table.get("group", alone),
             "l0": table["l0_mean"],
-            "error": 1 - table[column] if ce_recovered else table[column],
+            "error": 1 - table[column] if column == _CE else table[column],
         }
     ).dropna(subset=["l0", "error"])
     if points.empty:
         raise ValueError(f"no SAE has both l0_mean and {column}: there is nothing to draw")
     figure, ax = axes_of(ax, (5.6, 4.2))
     several_hooks = points["hook"].nunique() > 1
-    kinds = sorted(points["kind"].unique())
+    kinds = kinds or sorted(points["kind"].unique())
     colour = colours(kinds)
     best = (np.inf, 0.0)
     # errors at different hooks do not compare: no line leads from one to another
@@ -96,21 +110,25 @@ def frontier_plot(
         )
         lowest = mean["error"].idxmin()
         best = min(best, (mean["error"][lowest], mean["l0"][lowest]))
-    if not several_hooks:
+    if is_error and not several_hooks:
         ax.plot(best[1], best[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
         ax.annotate("best", (best[1], best[0]), xytext=(0, -9), textcoords="offset points",
                     ha="center", va="top", fontsize=8)  # fmt: skip
     ax.margins(0.08, 0.12)
-    ax.set(xscale="log", yscale="log", xlabel="active features (L0)")
-    for axis in (ax.xaxis, ax.yaxis):
+    ax.set(xscale="log", xlabel="active features (L0)")
+    if is_error:
+        ax.set_yscale("log")
+    for axis in (ax.xaxis, ax.yaxis) if is_error else (ax.xaxis,):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_formatter(
             FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
         )
         for label in axis.get_minorticklabels():
             label.set_fontsize(8)
-    ax.set_ylabel("1 - CE recovered" if ce_recovered else "NMSE")
-    if several_hooks:
+    ax.set_ylabel({_CE: "1 - CE recovered", "nmse_mean": "NMSE"}.get(column, column))
+    if not legend:
+        pass
+    elif several_hooks:
         ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
     else:
         ax.legend(fontsize="small")

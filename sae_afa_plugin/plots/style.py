@@ -128,15 +128,22 @@ def picture(
     """
 
     def registered(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-        @wraps(draw)
-        def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
-            with matplotlib.rc_context(_STYLE):
-                return draw(*args, **kwargs)
-
+        drawn = styled(draw)
         PICTURES[name] = Picture(name, drawn, title, text, place, needs)
         return drawn
 
     return registered
+
+
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Make a function draw in this package's style."""
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with matplotlib.rc_context(_STYLE):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 def groups(

@@ -174,6 +174,7 @@ class Sweep:
         device: For the model and the SAEs; None: a GPU if there is one.
         block_tokens: Tokens that are mixed at once; None: about 65,536, or all that there are.
         checkpoint_seconds: A kill costs about this much.
+        text: The YAML that says this.
     """
 
     saes: tuple[Row, ...]
@@ -194,6 +195,7 @@ class Sweep:
     device: str | None = None
     block_tokens: int | None = None
     checkpoint_seconds: float = 60.0
+    text: str = field(default="", repr=False, compare=False)
 
     @property
     def batch_size(self) -> int:
@@ -249,7 +251,7 @@ def parse_sweep(text: str, name: str = "the config") -> Sweep:
     """
     lines = Lines(text, name)
     content: dict[str, Any] = lines.content
-    known = {f.name for f in fields(Sweep)}
+    known = {f.name for f in fields(Sweep)} - {"text"}
     for key in content:
         if key not in known:
             lines.unknown((key,), key, [*known])
@@ -281,7 +283,7 @@ def parse_sweep(text: str, name: str = "the config") -> Sweep:
         found = [_row(lines, (key, number), row) for number, row in enumerate(rows)]
         given[key] = tuple(row for row in found if row is not None)
     lines.check()
-    sweep = Sweep(**given)
+    sweep = Sweep(**given, text=text)
     _check(lines, sweep)
     lines.check()
     return sweep

@@ -50,9 +50,7 @@ class Member:
 
     def _told(self) -> list[tuple[str, Any]]:
         """The options that tell it from others: those of the row, and the width."""
-        names = [*self.row.options]
-        if "d_sae" in self.options and "d_sae" not in names:
-            names.append("d_sae")
+        names = [name for name in self.row.options if name != "d_sae"] + ["d_sae"]
         return [(name, self.options[name]) for name in names if name in self.options]
 
     @property

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
-from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
-from sae_afa_plugin._upstream import SAE_WEIGHTS_FILENAME
 from sae_afa_plugin.evaluation import evaluate_saes
-from sae_afa_plugin.files import user_path, write_json, write_whole, writing
+from sae_afa_plugin.files import user_path, writing
 from sae_afa_plugin.groups.known_truth import KnownTruth, TrueCode
-from sae_afa_plugin.printable import cell
+from sae_afa_plugin.pages import write_page
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sources import Excluded
 from sae_afa_plugin.sweep.budget import (
@@ -32,47 +25,17 @@ from sae_afa_plugin.sweep.budget import (
 )
 from sae_afa_plugin.sweep.config import PCA, TRUTH, Sweep, load_sweep
 from sae_afa_plugin.sweep.controls import write_pca, write_untrained
+from sae_afa_plugin.sweep.figures import save_figures
 from sae_afa_plugin.sweep.grid import Member, each_once, matched, members
+from sae_afa_plugin.sweep.page import render_sweep
+from sae_afa_plugin.sweep.results import EVALUATION, SweepResults
 from sae_afa_plugin.sweep.sources import Sources, sources_of_sweep, usual_device
-from sae_afa_plugin.sweep.statistics import (
-    description_length,
-    firing_bits,
-    interpolated,
-    paired_difference,
-    reseed_noise,
-    stability,
-)
+from sae_afa_plugin.sweep.tabulate import tabulated
 from sae_afa_plugin.training.coordinator import Trained, train_saes
 from sae_afa_plugin.training.run import SAETraining
 from sae_afa_plugin.training.stream import default_block
 
-SAES, EVALUATION = "saes", "evaluation"
-TABLES = ("summary", "frontier", "comparisons", "noise", "stability")
-_SETTING = ["hook_name", "setting"]
-
-
-@dataclass
-class SweepResults:
-    """What a sweep found.
-
-    Args:
-        summary: One row for each SAE: what it is, and everything that was measured.
-        frontier: One row for each setting and hook: means and standard deviations over seeds.
-        comparisons: SAEs that choose their L0 beside others at equal L0: trained at it, or
-            interpolated, which the column ``how`` says.
-        noise: How much each number moves when nothing but the seed does.
-        stability: How alike the dictionaries of different seeds are.
-        evaluation: Tables of tokens and features.
-        refused: Why SAEs are missing, by name.
-    """
-
-    summary: pd.DataFrame
-    frontier: pd.DataFrame
-    comparisons: pd.DataFrame
-    noise: pd.DataFrame
-    stability: pd.DataFrame
-    evaluation: AFAResults
-    refused: dict[str, str]
+SAES = "saes"
 
 
 def run_sweep(
@@ -138,7 +101,19 @@ class _Running:
             self.say(f"{len(more) - len(self.members)} SAEs at the L0 of others")
             self.members = more
             found = self._train_and_evaluate(self.members)
-        return self._tables(found, [(one.name, other.name) for one, other in pairs])
+        results = tabulated(
+            found,
+            self.members,
+            self.trained,
+            [(one.name, other.name) for one, other in pairs],
+            self.sweep,
+            self._about(),
+            progress=self.progress,
+        )
+        results.save(self.out)
+        save_figures(results, self.out / "figures")
+        write_page(render_sweep(results), self.out)
+        return results
 
     def _trainings(self, of: Iterable[Member]) -> dict[str, SAETraining]:
         return {
@@ -252,176 +227,28 @@ class _Running:
                     f"{free / 2**30:.1f} are free: choose another place, or fewer rows"
                 )
 
+    def _about(self) -> dict[str, Any]:
+        """What a reader has to know of the run."""
+        sweep = self.sweep
+        return {
+            "config": sweep.text,
+            "model": sweep.model or (sweep.synthetic and sweep.synthetic.world),
+            "hooks": sorted(self.widths),
+            "seeds": [*sweep.seeds],
+            "steps": sweep.steps,
+            "batch_size": sweep.batch_size,
+            "training_tokens": min(sweep.steps * sweep.batch_size, self.sources.training.n_tokens),
+            "heldout_tokens": self.sources.heldout.n_tokens,
+            "device": self.device,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes_on_gpu": (
+                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+            ),
+        }
+
     def _matches(self) -> int:
         choose = sum(member.chooses_l0 and member.row.control is None for member in self.members)
         return choose * len(self.sweep.match_l0)
-
-    # --- the tables ---
-
-    def _tables(self, found: AFAResults, pairs: list[tuple[str, str]]) -> SweepResults:
-        by_name = {member.name: member for member in self.members}
-        summary = found.summary.loc[
-            [name for name in by_name if name in found.summary.index]
-        ].copy()
-        known = [by_name[str(name)] for name in summary.index]
-        summary.insert(0, "family", [member.family for member in known])
-        summary.insert(1, "setting", [member.setting for member in known])
-        summary.insert(2, "seed", [member.seed for member in known])
-        summary["control"] = [
-            member.row.control or (None if member.row.is_trained else member.row.architecture)
-            for member in known
-        ]
-        summary["chooses_l0"] = [member.chooses_l0 for member in known]
-        for column, value in (
-            ("training_seconds", lambda one: one.seconds),
-            ("seconds_per_step", lambda one: one.seconds / max(one.step, 1)),
-        ):
-            summary[column] = [
-                value(self.trained[name]) if name in self.trained else math.nan
-                for name in map(str, summary.index)
-            ]
-        summary["description_length"] = [
-            description_length(row["l0_mean"], int(row["d_sae"])) for _, row in summary.iterrows()
-        ]
-        summary["firing_bits"] = [self._firing_bits(found, name) for name in summary.index]
-        results = SweepResults(
-            summary,
-            _frontier(summary),
-            self._comparisons(found, summary, pairs),
-            reseed_noise(summary, _SETTING),
-            self._stability(summary),
-            found,
-            dict(found.metadata["refused"]),
-        )
-        for name in TABLES:
-            table: pd.DataFrame = getattr(results, name)
-            shown = table.map(cell)
-            index_label = "sae" if name == "summary" else None
-            write_whole(
-                self.out / f"{name}.csv",
-                lambda path, t=shown, label=index_label: t.to_csv(
-                    path, index=label is not None, index_label=label
-                ),
-            )
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cuda = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        write_json(
-            self.out / "sweep.json",
-            {"refused": results.refused, "peak_bytes": peak, "peak_bytes_on_gpu": cuda},
-        )
-        return results
-
-    def _firing_bits(self, found: AFAResults, name: Any) -> float:
-        features = found.features_of(str(name))
-        if features is None:
-            return math.nan
-        n = int(found.summary.loc[name, "tokens"])  # pyright: ignore[reportArgumentType]
-        return firing_bits(features["fired"].to_numpy(float), n)
-
-    def _comparisons(
-        self, found: AFAResults, summary: pd.DataFrame, pairs: list[tuple[str, str]]
-    ) -> pd.DataFrame:
-        """Each setting that chooses its L0 beside others at that L0, over seeds and sequences."""
-        rows: list[dict[str, Any]] = []
-        alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
-        for one, other in pairs:
-            if one in summary.index and other in summary.index:
-                key = (summary.hook_name[one], summary.setting[one], summary.family[other])
-                alike.setdefault(key, []).append((one, other))
-        for (hook, setting, family), names in alike.items():
-            tables = [
-                tuple(found.tokens_of(name, ["sequence", "nmse"]) for name in pair)
-                for pair in names
-            ]
-            difference = paired_difference(tables, "nmse", self.sweep.measure.bootstrap)  # pyright: ignore
-            ones, others = zip(*names, strict=True)
-            rows.append(
-                {
-                    "hook_name": hook,
-                    "setting": setting,
-                    "against": family,
-                    "how": "trained at this L0",
-                    "l0": summary.l0_mean[list(ones)].mean(),
-                    "l0_against": summary.l0_mean[list(others)].mean(),
-                    **{f"nmse_{key}": value for key, value in difference._asdict().items()},
-                }
-            )
-        rows += _interpolations(summary)
-        return pd.DataFrame(rows)
-
-    def _stability(self, summary: pd.DataFrame) -> pd.DataFrame:
-        if not self.sweep.measure.stability:
-            return pd.DataFrame(columns=[*_SETTING, "pw_mcc", "seeds"])
-        rows: list[dict[str, Any]] = []
-        trained = summary[[name in self.trained for name in summary.index]]
-        groups: Any = trained.groupby(_SETTING, sort=False)
-        several = [(key, group) for key, group in groups if len(group) > 1]
-        for (hook, setting), group in tqdm(
-            several, desc="Matching dictionaries", unit="setting", disable=not self.progress
-        ):
-            W_decs = [
-                load_file(self.out / SAES / str(name) / SAE_WEIGHTS_FILENAME)["W_dec"]
-                for name in group.index
-            ]
-            rows.append(
-                {
-                    "hook_name": hook,
-                    "setting": setting,
-                    "pw_mcc": stability(W_decs),
-                    "seeds": len(group),
-                }
-            )
-        return pd.DataFrame(rows, columns=[*_SETTING, "pw_mcc", "seeds"])
-
-
-def _frontier(summary: pd.DataFrame) -> pd.DataFrame:
-    """Means and standard deviations over seeds of every number."""
-    numbers = [
-        column
-        for column in summary.select_dtypes("number").columns
-        if column not in ("seed", "d_in", "d_sae")
-    ]
-    keys = ["hook_name", "family", "setting"]
-    groups: Any = summary.groupby(keys, sort=False)[numbers]
-    mean, sd = groups.mean(), groups.std(ddof=1).add_suffix("_sd")
-    columns = [name for column in numbers for name in (column, f"{column}_sd")]
-    table = pd.concat([mean, sd], axis=1)[columns]
-    table.insert(0, "seeds", groups.size())
-    return table.reset_index()
-
-
-def _interpolations(summary: pd.DataFrame) -> list[dict[str, Any]]:
-    """Each setting that chooses its L0 beside every family that is told one, by its neighbours."""
-    rows: list[dict[str, Any]] = []
-    plain: Any = summary[summary["control"].isna()]
-    chosen: Any = plain[plain["chooses_l0"].astype(bool)].groupby(
-        ["hook_name", "setting"], sort=False
-    )
-    told: Any = plain[~plain["chooses_l0"].astype(bool)].groupby(
-        ["hook_name", "family"], sort=False
-    )
-    lines = {key: group.groupby("setting")[["l0_mean", "nmse_mean"]].mean() for key, group in told}
-    for (hook, setting), group in chosen:
-        l0, nmse = group["l0_mean"].mean(), group["nmse_mean"].mean()
-        for (other_hook, family), line in lines.items():
-            if other_hook != hook:
-                continue
-            there = interpolated(dict(zip(line["l0_mean"], line["nmse_mean"], strict=True)), l0)
-            rows.append(
-                {
-                    "hook_name": hook,
-                    "setting": setting,
-                    "against": family,
-                    "how": "interpolated",
-                    "l0": l0,
-                    "l0_against": l0,
-                    "nmse_first": nmse,
-                    "nmse_second": there,
-                    "nmse_ratio": nmse / there if np.isfinite(there) else math.nan,
-                    "nmse_seeds": len(group),
-                }
-            )
-    return rows
 
 
 def _duration(seconds: float) -> str:

@@ -204,4 +204,37 @@ def reseed_noise(summary: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
                         "seeds": len(group),
                     }
                 )
-    return pd.DataFrame(found)
+    return pd.DataFrame(found, columns=[*by, "number", "mean", "sd", "relative", "seeds"])
+
+
+def noise_of_numbers(noise: pd.DataFrame) -> pd.DataFrame:
+    """Which numbers tell settings apart: how they differ beside how seeds do.
+
+    Args:
+        noise: As :func:`reseed_noise` gives it, for settings at some hooks.
+
+    Returns:
+        For each number ``relative``, its standard deviation over seeds over its mean (median over
+        settings), and ``signal``, the standard deviation between settings of one hook over that
+        between seeds (root mean square over settings; median over hooks).
+
+    Example:
+        >>> noise = pd.DataFrame({"hook_name": "h", "setting": ["a", "b"], "number": "nmse_mean",
+        ...     "mean": [1.0, 3.0], "sd": [0.1, 0.1], "relative": [0.1, 0.1 / 3]})
+        >>> noise_of_numbers(noise).round(2).loc["nmse_mean"].tolist()
+        [0.07, 14.14]
+    """
+    rows: dict[str, dict[str, float]] = {}
+    if noise.empty:
+        return pd.DataFrame(columns=["relative", "signal"])
+    for number, of_number in noise.groupby("number", sort=False):
+        signals: list[float] = []
+        for _, at in of_number.groupby("hook_name"):
+            within = float(np.sqrt(np.mean(at["sd"].to_numpy(float) ** 2)))
+            if len(at) > 1 and within > 0:
+                signals.append(float(np.std(at["mean"].to_numpy(float), ddof=1)) / within)
+        rows[str(number)] = {
+            "relative": float(of_number["relative"].median()),
+            "signal": float(np.median(signals)) if signals else math.nan,
+        }
+    return pd.DataFrame.from_dict(rows, orient="index")

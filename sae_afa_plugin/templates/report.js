@@ -17,21 +17,6 @@
   }));
   const tokens = unpack(data.tokens, Uint32Array);
 
-  // --- the table ---
-  const rows = $("table").tBodies[0];
-  document.querySelectorAll("#table thead button").forEach((button, column) => {
-    button.addEventListener("click", () => {
-      const heading = button.parentElement;
-      const up = heading.getAttribute("aria-sort") === "descending" || column === 0
-        ? heading.getAttribute("aria-sort") !== "ascending" : false;
-      document.querySelectorAll("#table thead th").forEach((th) => th.setAttribute("aria-sort", "none"));
-      heading.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const key = (row) => column === 0 ? row.cells[0].textContent : Number(row.cells[column].dataset.value);
-      const order = (a, b) => (key(a) > key(b) ? 1 : key(a) < key(b) ? -1 : 0) * (up ? 1 : -1);
-      rows.append(...[...rows.rows].sort(order));
-    });
-  });
-
   // --- the plot ---
   const webgl = (() => {
     try { return !!document.createElement("canvas").getContext("webgl"); } catch { return false; }

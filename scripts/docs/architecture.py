@@ -54,6 +54,7 @@ LAYERS: tuple[dict[str, tuple[str, str]], ...] = (
         "training": ("several SAEs, recipes", _SAE),
         "commands": ("command lines", _TOOL),
         "tables": ("for the terminal", _RESULT),
+        "pages": ("HTML in one file", _RESULT),
         "plots": ("one file per figure", _RESULT),
     },
     {

@@ -47,7 +47,7 @@ def test_the_table_has_the_three_architectures(finished):
     assert [str(row[0]) for row in rows] == ["topafa", "topk", "batchtopk"]
     assert [column.header.replace("\n", " ") for column in table.columns] == [
         "SAE", "L0", "NMSE (mean)", "NMSE (median)", "CE recovered", "‖z‖", "‖f‖", "‖f‖/‖z‖",
-        "over- activated", "inter- ference energy", "unex- plained energy", "shrink- age energy",
+        "over\u2011 activated", "inter- ference energy", "unex- plained energy", "shrink- age energy",
         "cosine", "L2 ratio", "recon. bias", "ε LBO", "inter- ference", "cohe- rence", "mean |cos|",
         "dead", "alive", "> 1 %", "> 10 %", "training seconds",
     ]  # fmt: skip

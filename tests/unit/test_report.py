@@ -178,7 +178,7 @@ def test_the_extremes_are_exactly_the_tokens_with_the_outermost_ratios():
 
 def test_texts_and_names_are_escaped(html, page):
     assert "<b>" not in html.replace(get_plotlyjs(), "")
-    assert [tag for tag, _, _ in page.elements].count("script") == 3
+    assert [tag for tag, _, _ in page.elements].count("script") == 4
     assert page.texts("summary") == NAMES
     # a token that ends the script would end the data
     data = json.loads(page.texts("script", id="data")[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,11 @@ from safetensors.torch import load_file
 from sae_afa_plugin import cli
 from sae_afa_plugin.sweep.budget import groups_within, state_bytes
 from sae_afa_plugin.sweep.config import parse_sweep
+from sae_afa_plugin.sweep.figures import drawn
 from sae_afa_plugin.sweep.grid import members
-from sae_afa_plugin.sweep.run import TABLES, run_sweep
+from sae_afa_plugin.sweep.page import render_sweep
+from sae_afa_plugin.sweep.results import TABLES, SweepResults
+from sae_afa_plugin.sweep.run import run_sweep
 from sae_afa_plugin.sweep.sources import sources_of_sweep
 
 CONFIG = """
@@ -52,7 +56,7 @@ def test_the_tables_say_what_was_trained(sweep):
     assert len(summary) == 1 + 2 + 4 + 2 + 2 + 1 + 2
     assert said[0] == "12 SAEs from 6 rows: 8 to train, 30 steps of 128 tokens each"
     assert {file.name for file in out.iterdir() if file.is_file()} == {
-        *(f"{name}.csv" for name in TABLES), "sweep.json",
+        *(f"{name}.csv" for name in TABLES), "sweep.json", "report.html",
     }  # fmt: skip
     written = pd.read_csv(out / "summary.csv", index_col="sae")
     assert list(written.index) == list(summary.index)
@@ -73,7 +77,10 @@ def test_others_are_trained_at_the_l0_that_was_chosen(sweep):
     _, results, _ = sweep
     summary, comparisons = results.summary, results.comparisons
     chosen = summary[summary["chooses_l0"]]
-    told = summary[summary["setting"].str.fullmatch(r"topk d_sae=64 k=\d+")]
+    told = summary[
+        summary["setting"].str.fullmatch(r"topk k=\d+ d_sae=64")
+        & ~summary["setting"].str.contains("k=4 |k=40 ")
+    ]
     assert sorted(told["l0_mean"].round()) == sorted(chosen["l0_mean"].round())
     how = comparisons.set_index("how")
     trained, between = how.loc["trained at this L0"], how.loc[["interpolated"]]
@@ -178,3 +185,75 @@ def test_the_command(tmp_path, capsys):
     assert "did you mean steps" in said
     assert cli.main(["sweep", "nothing.yaml", "--out", str(tmp_path / "out")]) == 2
     assert "name a file, or one of demo.yaml, paper.yaml" in capsys.readouterr().err
+
+
+# --- what people look at ---
+
+
+def test_what_was_written_is_what_is_read(sweep, tmp_path):
+    out, results, _ = sweep
+    (tmp_path / "evaluation").symlink_to(out / "evaluation")
+    results.save(tmp_path)
+    read = SweepResults.load(tmp_path)
+    for name in TABLES:
+        pd.testing.assert_frame_equal(
+            getattr(read, name), getattr(results, name), check_dtype=False, check_names=False
+        )
+    assert read.about == results.about
+    assert parse_sweep(read.about["config"]) == parse_sweep(CONFIG)
+    with pytest.raises(ValueError, match="no sweep.json: name the folder of a finished sae-afa"):
+        SweepResults.load(out / "saes")
+
+
+def test_the_figures_show_the_means_and_deviations_of_the_tables(sweep):
+    _, results, _ = sweep
+    shown = {one.name: one.draw(results) for one in drawn(results)}
+    assert [*shown] == ["frontier", "equal_l0", "ratio", "stability"]
+    frontier = results.frontier[results.frontier["family"] == "topk d_sae=64"].sort_values(
+        "l0_mean"
+    )
+    for ax, column in zip(shown["frontier"].axes, ("nmse_mean", "f1", "mcc"), strict=True):
+        (line, _, (_, upright)) = next(c for c in ax.containers if c.get_label() == "topk")
+        np.testing.assert_allclose(line.get_xdata(orig=False), frontier["l0_mean"])
+        np.testing.assert_allclose(line.get_ydata(orig=False), frontier[column])
+        ends = np.array(upright.get_segments())[:, :, 1]
+        np.testing.assert_allclose(
+            (ends[:, 1] - ends[:, 0]) / 2, frontier[f"{column}_sd"].fillna(0), atol=1e-12
+        )
+    points = [c[0].get_xdata(orig=False)[0] for c in shown["equal_l0"].axes[0].containers]
+    ratios = results.comparisons["nmse_ratio"].dropna()
+    assert sorted(points) == pytest.approx(sorted(ratios))
+
+
+def test_the_page_says_it_in_words_and_numbers_and_escapes(sweep, tmp_path):
+    _, results, _ = sweep
+    page = render_sweep(results)
+    of_topk = results.frontier.set_index("setting").loc["topk k=4 d_sae=64"]
+    assert f"{of_topk['nmse_mean']:.4f} ± {of_topk['nmse_mean_sd']:.4f}" in page
+    trained = results.comparisons.set_index("how").loc["trained at this L0"]
+    assert f"<td>{trained['nmse_low']:.3f} to {trained['nmse_high']:.3f}</td>" in page
+    more, less = int(trained["nmse_low"] > 1), int(trained["nmse_high"] < 1)
+    assert f"<strong>more error in {more} of 1</strong>" in page
+    assert f"less in {less}" in page
+    hostile = "<script>alert(1)</script>"
+    told = replace(
+        results,
+        refused={hostile: hostile},
+        about={**results.about, "config": hostile, "model": hostile},
+        **{
+            name: getattr(results, name).assign(
+                hook_name=hostile, setting=hostile + getattr(results, name)["setting"]
+            )
+            for name in TABLES
+        },
+    )
+    assert "<script>alert" not in render_sweep(told)
+
+
+def test_plot_and_report_know_the_folder_of_a_sweep(sweep, tmp_path, capsys):
+    out, _, _ = sweep
+    assert cli.main(["report", str(out), "--out", str(tmp_path / "page.html")]) == 0
+    assert "Which SAE reaches what" in (tmp_path / "page.html").read_text()
+    assert cli.main(["plot", str(out), "--out", str(tmp_path / "figures")]) == 0
+    names = {file.name for file in (tmp_path / "figures").iterdir()}
+    assert {"frontier.png", "frontier.pdf", "equal_l0.png", "stability.pdf"} <= names
