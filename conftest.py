@@ -21,6 +21,13 @@ collect_ignore = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _the_same_numbers_in_every_example(request: pytest.FixtureRequest) -> None:
+    """An example of a docstring draws what it always draws, whatever ran before it."""
+    if isinstance(request.node, pytest.DoctestItem):
+        torch.manual_seed(0)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Refuse values without an order: each of pytest-xdist's processes would have its own."""
     for mark in metafunc.definition.iter_markers("parametrize"):

@@ -83,14 +83,14 @@ def real(
             number = math.inf
         if not math.isfinite(number):
             raise ValueError(f"{name} must be a finite number: got {_short(value)}")
-        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
-            object.__setattr__(config, name, number)  # PyTorch takes no such whole numbers
         _within(name, value, at_least)
         if number <= more_than:
             raise ValueError(f"{name} must be more than {more_than:g}: got {value!r}")
         if number >= below:
             raise ValueError(f"{name} must be below {below:g}: got {value!r}")
-        _put(config, name, int(value) if isinstance(value, Integral) else number)
+        # PyTorch takes no larger whole numbers, and a product with a width is one as well
+        whole = isinstance(value, Integral) and abs(number) < 1 << 31
+        _put(config, name, int(value) if whole else number)
 
 
 def truth(config: Any, *names: str, none: bool = False) -> None:

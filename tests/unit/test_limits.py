@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from sae_afa_plugin import (
     TopAFATrainingSAE,
     TopAFATrainingSAEConfig,
     keep_prefix,
+    limits,
     paper_runner_config,
 )
 from sae_afa_plugin.activations.tensors import TensorActivations
@@ -246,3 +248,12 @@ def test_options_of_train_saes(tmp_path, option, value):
 def test_metadata_stay_what_they_are():
     metadata = SAEMetadata(hook_name="x")
     assert TopAFASAEConfig(8, 16, metadata=metadata).metadata is metadata
+
+
+@pytest.mark.parametrize("value", [2**63, 2**62, -(2**63) - 1, 2**200, np.int64(2**62)])
+def test_a_whole_number_that_pytorch_cannot_multiply_becomes_a_float(value):
+    cfg = SimpleNamespace(x=value)
+    limits.real(cfg, "x", at_least=-math.inf)
+    assert type(cfg.x) is float
+    assert cfg.x == float(value)
+    assert torch.isfinite(16 * cfg.x * torch.ones(1, dtype=torch.float64)).all()
