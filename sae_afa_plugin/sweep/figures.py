@@ -127,8 +127,10 @@ def equal_l0(results: SweepResults) -> Figure:
     """The error of SAEs that choose their L0, over that of others at the same L0."""
     table: Any = results.comparisons.dropna(subset=["nmse_ratio"])
     settings = short_names([str(name) for name in table["setting"]])
-    others = short_names([str(name) for name in table["against"]])
-    colour = colours(sorted(set(others.values())))
+    others = short_names([str(name) for name in results.summary["family"]])
+    shade = colours(sorted(set(others.values())))  # as on the frontier
+    against = {others[str(name)] for name in table["against"]}
+    colour = {name: shade[name] for name in shade if name in against}
     hooks = list(dict.fromkeys(table["hook_name"]))
     rows = list(dict.fromkeys(settings.values()))
     size = (2.9 * len(hooks) + 3.6, 0.9 + (0.16 * len(colour) + 0.2) * len(rows))
