@@ -295,6 +295,23 @@ def test_cross_entropy_instead_of_nmse():
     assert ax.get_ylabel() == "1 - CE recovered"
 
 
+def test_any_other_column_is_drawn_as_it_is_and_none_of_it_is_best():
+    table = frontier(f1=[0.2, 0.4, 0.6, 0.9])
+    (ax,) = plots.frontier_plot(table, column="f1", legend=False).axes
+    containers = {container.get_label(): container for container in ax.containers}
+    np.testing.assert_allclose(containers["topk"][0].get_ydata(orig=False), [0.5, 0.2])
+    assert (ax.get_xscale(), ax.get_yscale(), ax.get_ylabel()) == ("log", "linear", "f1")
+    assert not ax.texts
+    assert ax.get_legend() is None
+
+
+def test_axes_that_share_kinds_share_their_colours():
+    (alone,) = plots.frontier_plot(frontier()[3:], kinds=["topafa", "topk"]).axes
+    (among,) = plots.frontier_plot(frontier(), kinds=["topafa", "topk"]).axes
+    colour = {c.get_label(): c[0].get_color() for c in among.containers}
+    assert alone.containers[0][0].get_color() == colour["topafa"] != colour["topk"]
+
+
 def test_how_an_sae_was_trained_goes_before_what_it_was_saved_as():
     table = frontier(trained_as=["topk", "batchtopk", "batchtopk", "topafa"])
     (ax,) = plots.frontier_plot(table).axes
