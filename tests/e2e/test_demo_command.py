@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers.kills import kill_before_writes
 from sae_lens import SAE
 
 from sae_afa_plugin import cli
@@ -132,78 +131,48 @@ def test_other_settings_need_another_folder(finished, monkeypatch, capsys):
 
 
 KILLED = """
-import os, random, signal, sys, time
 from dataclasses import replace
-from pathlib import Path
 
+import pandas as pd
 import torch
 from sae_afa_plugin import cli, top_afa
 from sae_afa_plugin.activations.text import standard_library_texts
 from sae_afa_plugin.demo import DEMOS
+from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.saes import sparse
+from sae_afa_plugin.training.log import read_logs
 
-torch.set_num_threads(1)
 demo = DEMOS["embedded"]
-# 8 blocks of 4 steps, with checkpoints behind each
+# 4 blocks of 4 steps, with checkpoints behind each
 short = replace(
-    demo.setup, training_tokens=32 * 256, batch_size=256, block_tokens=1024,
+    demo.setup, training_tokens=16 * 256, batch_size=256, block_tokens=1024,
     heldout_tokens=500, ce_tokens=1024, checkpoint_seconds=0.0,
 )
 DEMOS["embedded"] = replace(demo, d_sae=256, k=20, setup=short)
-# imported, read and compiled once; what is killed are copies of this process
-standard_library_texts("train"), standard_library_texts("heldout")
 top_afa(torch.ones(1, 2), torch.ones(1))
 sparse.decode(torch.zeros(1, 2), torch.ones(2, 2))
+standard_library_texts("train"), standard_library_texts("heldout")
 
+def job(folder):
+    assert cli.main(["demo", "--out", folder]) == 0
 
-def demo(folder):
-    child = os.fork()
-    if child == 0:
-        os._exit(cli.main(["demo", "--out", folder]))
-    return child
-
-
-def status_of(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-started = time.monotonic()
-assert status_of(demo(sys.argv[1])) == 0
-seconds = time.monotonic() - started
-moments, killed = random.Random(0), 0
-for _ in range(4):
-    child = demo(sys.argv[2])
-    time.sleep(moments.uniform(0.3, 0.7) * seconds)
-    os.kill(child, signal.SIGKILL)
-    killed += status_of(child) == -signal.SIGKILL
-assert status_of(demo(sys.argv[2])) == 0
-print("killed", killed)
+def contents(folder):
+    saes = [folder / name for name in ("topafa", "topk", "batchtopk")]
+    files = ("sae_weights.safetensors", "cfg.json", "sparsity.safetensors")
+    summary = AFAResults.load(folder / "evaluation").summary
+    return (
+        [sorted(file.name for file in sae.iterdir()) for sae in saes],
+        [(sae / file).read_bytes() for sae in saes for file in files],
+        read_logs(saes).drop(columns="seconds").to_csv(),
+        summary[[c for c in summary if "seconds" not in c and c != "source"]].to_csv(),
+    )
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="it kills copies of a process")
 def test_killed_and_run_again_the_saes_are_the_same(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(whole), str(parts)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout.split()[-1]) >= 2
-    for name in ("topafa", "topk", "batchtopk"):
-        files = {file.name for file in (whole / name).iterdir()}
-        assert files == {file.name for file in (parts / name).iterdir()}
-        for file in ("sae_weights.safetensors", "cfg.json", "sparsity.safetensors"):
-            assert (whole / name / file).read_bytes() == (parts / name / file).read_bytes()
-    logs = [read_logs(sorted(out.iterdir())).drop(columns="seconds") for out in (whole, parts)]
-    pd.testing.assert_frame_equal(*logs, check_exact=True)
-    summaries = [AFAResults.load(out / "evaluation").summary for out in (whole, parts)]
-    same = [c for c in summaries[0] if "seconds" not in c and c != "source"]
-    pd.testing.assert_frame_equal(*(summary[same] for summary in summaries), check_exact=True)
+    assert kill_before_writes(KILLED, tmp_path, 311) > 0
 
 
 def test_an_unknown_model_and_an_unknown_flag(capsys):
