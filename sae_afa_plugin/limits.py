@@ -89,8 +89,8 @@ def real(
         if number >= below:
             raise ValueError(f"{name} must be below {below:g}: got {value!r}")
         # PyTorch takes no larger whole numbers, and a product with a width is one as well
-        whole = isinstance(value, Integral) and abs(number) < 1 << 31
-        _put(config, name, int(value) if whole else number)
+        is_small = abs(number) < 1 << 31
+        _put(config, name, int(value) if isinstance(value, Integral) and is_small else number)
 
 
 def truth(config: Any, *names: str, none: bool = False) -> None:
