@@ -217,8 +217,12 @@ def _sweep(args: argparse.Namespace) -> int:
         _say(f"{name} is not in the tables: {reason}", wrap=True)
     for name in TABLES:
         _say(f"{name}: {args.out / f'{name}.csv'}")
-    _say(f"Report, to be opened in a browser: {(args.out / REPORT_FILENAME).resolve().as_uri()}")
+    _say_report(args.out / REPORT_FILENAME)
     return 1 if results.refused else 0
+
+
+def _say_report(path: Path) -> None:
+    _say(f"Report, to be opened in a browser: {path.resolve().as_uri()}")
 
 
 def _plot(results: Path, figures: Path) -> list[Path]:
@@ -229,7 +233,8 @@ def _plot(results: Path, figures: Path) -> list[Path]:
 
 def _report(results: Path, path: Path) -> Path:
     if is_sweep(results):
-        return write_page(render_sweep(SweepResults.load(results)), path)
+        sweep = SweepResults.load(results)
+        return write_page(path, lambda: render_sweep(sweep))
     return sae_afa_plugin.write_report(AFAResults.load(results), path)
 
 
@@ -272,7 +277,7 @@ def _demo(model: str, out: Path) -> None:
     report = sae_afa_plugin.write_report(results, out / EVALUATION_FOLDER)
     _say(f"SAEs and training logs: {out}")
     _say(f"Results: {out / EVALUATION_FOLDER}")
-    _say(f"Report, to be opened in a browser: {report.resolve().as_uri()}")
+    _say_report(report)
 
 
 def _train(arguments: Sequence[str]) -> None:

@@ -182,31 +182,6 @@ def shell_lines(commands: Sequence[Sequence[str]]) -> str:
 # --- record ---
 
 
-# --- sweep ---
-
-
-def add_sweep(commands: Commands) -> None:
-    """Add the parser of ``sae-afa sweep``."""
-    parser = _parser(
-        commands,
-        "sweep",
-        help="train and compare many SAEs from one config, at equal L0, over seeds",
-        description="Train every SAE of a grid (hooks, architectures, options, seeds) on the same "
-        "activations, evaluate them on held-out tokens, and compare those that choose their L0 "
-        "with others at that L0. Says what it will do and about how long it takes. Interrupted "
-        "and started again, it goes on; with rows added to the config, only those are trained.",
-        epilog="configs that come with the package: demo.yaml, smollm2.yaml, truth.yaml, "
-        "paper.yaml\n\nexamples:\n"
-        "  sae-afa sweep demo.yaml --out output/sweep --dry-run\n"
-        "  sae-afa sweep my.yaml --out output/mine",
-    )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or one of those below")
-    parser.add_argument(
-        "--out", type=user_path, required=True, help="folder for SAEs, evaluation and tables"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")
-
-
 def _json_object(text: str) -> dict[str, Any]:
     try:
         found = json.loads(text)
@@ -260,3 +235,28 @@ def add_record(commands: Commands) -> None:
         help="let Python from the model's repository run (transformers' option of this name)",
     )
     _add_reading(parser)
+
+
+# --- sweep ---
+
+
+def add_sweep(commands: Commands) -> None:
+    """Add the parser of ``sae-afa sweep``."""
+    parser = _parser(
+        commands,
+        "sweep",
+        help="train and compare many SAEs from one config, at equal L0, over seeds",
+        description="Train every SAE of a grid (hooks, architectures, options, seeds) on the same "
+        "activations, evaluate them on held-out tokens, and compare those that choose their L0 "
+        "with others at that L0. Says what it will do and about how long it takes. Interrupted "
+        "and started again, it goes on; with rows added to the config, only those are trained.",
+        epilog="configs that come with the package: demo.yaml, smollm2.yaml, truth.yaml, "
+        "paper.yaml\n\nexamples:\n"
+        "  sae-afa sweep demo.yaml --out output/sweep --dry-run\n"
+        "  sae-afa sweep my.yaml --out output/mine",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or one of those below")
+    parser.add_argument(
+        "--out", type=user_path, required=True, help="folder for SAEs, evaluation and tables"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="stop after the plan")

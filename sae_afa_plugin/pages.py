@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
@@ -39,12 +41,17 @@ def embedded(figure: Figure) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def write_page(page: str, path: Path) -> Path:
-    """Write a page.
+def sortable(value: Any) -> float:
+    """A value of a table as ``sort.js`` orders it: what is unknown comes last."""
+    return -1e300 if pd.isna(value) else float(value)
+
+
+def write_page(path: Path, make: Callable[[], str]) -> Path:
+    """Make a page and write it.
 
     Args:
-        page: Its HTML.
         path: The file, or a folder in which it gets the name ``report.html``.
+        make: Gives its HTML; not called where the page would take somebody's place.
 
     Returns:
         The file.
@@ -56,6 +63,6 @@ def write_page(page: str, path: Path) -> Path:
         path = path / REPORT_FILENAME
     check_ours(path)
     # names of folders may hold bytes that are no UTF-8
-    content = page.encode(errors="backslashreplace")
+    content = make().encode(errors="backslashreplace")
     write_whole(path, lambda partial: partial.write_bytes(content))
     return path

@@ -21,7 +21,7 @@ from sae_afa_plugin.activations.contexts import shown_text
 from sae_afa_plugin.commands import evaluate_commands, shell_lines
 from sae_afa_plugin.files import user_path
 from sae_afa_plugin.groups.afa import SHARES, energy_sentence
-from sae_afa_plugin.pages import embedded, render, write_page
+from sae_afa_plugin.pages import embedded, render, sortable, write_page
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.tables import shown, shown_columns
 
@@ -45,7 +45,7 @@ def write_report(results: AFAResults, path: str | Path, n_points: int = _POINTS)
     Raises:
         ValueError: If there is a file that this package has not written.
     """
-    return write_page(render_report(results, n_points), user_path(path))
+    return write_page(user_path(path), lambda: render_report(results, n_points))
 
 
 def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
@@ -71,7 +71,7 @@ def render_report(results: AFAResults, n_points: int = _POINTS) -> str:
             (
                 name,
                 [
-                    (shown(column, row[column.name]), _sortable(row[column.name]))
+                    (shown(column, row[column.name]), sortable(row[column.name]))
                     for column in columns
                 ],
             )
@@ -104,10 +104,6 @@ _ABOUT = (
 def _about(row: dict[Any, Any]) -> dict[str, str]:
     known = {key: row[key] for key in _ABOUT if not bool(pd.isna(row.get(key)))}
     return {key: str(value).replace("\t", "/") for key, value in known.items()}
-
-
-def _sortable(value: Any) -> float:
-    return -1e300 if pd.isna(value) else float(value)
 
 
 # --- the interactive plot ---

@@ -16,6 +16,7 @@ from sae_afa_plugin.activations.hooks import (
     device_of,
     hooks_left_on,
     not_training,
+    usual_device,
     without_autocast,
 )
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
@@ -242,7 +243,7 @@ class _One:
             return self.work.how.device
         if isinstance(self.work.activations, LanguageModelActivations):
             return str(device_of(self.work.activations.model))  # loaded already
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return usual_device()
 
     def _read(self, code: LinearCode, accumulators: Sequence[Accumulator]) -> None:
         if not accumulators:

@@ -252,6 +252,11 @@ def misfit(
     return None
 
 
+def usual_device(device: str | None = None) -> str:
+    """The device that is asked for, or a GPU if there is one."""
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def device_of(model: Any) -> torch.device:
     """Where a language model is."""
     return next(model.parameters()).device

@@ -24,6 +24,7 @@ from sae_afa_plugin.activations.hooks import (
     hook_shapes,
     known_state,
     stop_layer,
+    usual_device,
     wanted_hooks,
 )
 from sae_afa_plugin.activations.models import (
@@ -150,7 +151,7 @@ class LanguageModelActivations(Activations):
         """The language model, loaded when it is first asked for."""
         model = self._given
         if model is None or isinstance(model, str | Path):
-            device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = usual_device(self._device)
             hooks = {hook for data in self._metadata.values() for hook in wanted_hooks(data)}
             model = load_language_model(
                 model, self._wanted, sorted(hooks), device, self._trust_remote_code

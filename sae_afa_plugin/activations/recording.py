@@ -33,7 +33,13 @@ from xxhash import xxh3_128
 
 from sae_afa_plugin import limits
 from sae_afa_plugin.activations.base import Activations, Site, different_settings
-from sae_afa_plugin.activations.hooks import device_of, known_state, stop_layer, wanted_hooks
+from sae_afa_plugin.activations.hooks import (
+    device_of,
+    known_state,
+    stop_layer,
+    usual_device,
+    wanted_hooks,
+)
 from sae_afa_plugin.activations.models import (
     load_language_model,
     shared_model,
@@ -418,8 +424,9 @@ class RecordedActivations(Activations):
         if reason is not None:
             raise ValueError(f"the model of the recording is not loaded: {reason}")
         wanted = shared_model({"": {**said, "model_name": str(self._given)}})
-        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return load_language_model(self._given, wanted, self.hook_names(), device)
+        return load_language_model(
+            self._given, wanted, self.hook_names(), usual_device(self._device)
+        )
 
     @override
     def hook_names(self) -> list[str]:

@@ -8,7 +8,7 @@ points are drawn as densities and rasterised, so that a PDF stays small.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -52,7 +52,7 @@ __all__ = [
     "merged",
     "picture",
     "pictures",
-    "save_figure",
+    "save_figures",
     "save_plots",
     "styled",
     "violin_plot",
@@ -91,36 +91,33 @@ def save_plots(results: AFAResults, folder: str | Path) -> list[Path]:
         OSError: If one cannot be written. Those before it are whole.
         ValueError: If somebody else's file has the name of one.
     """
-    return [
-        path
-        for name, draw in drawable(results).items()
-        for path in save_figure(draw(results), folder, name)
-    ]
+    return save_figures(((name, draw(results)) for name, draw in drawable(results).items()), folder)
 
 
-def save_figure(figure: Figure, folder: str | Path, name: str) -> list[Path]:
-    """Write one figure as PNG and PDF.
+def save_figures(figures: Iterable[tuple[str, Figure]], folder: str | Path) -> list[Path]:
+    """Write figures as PNG and PDF.
 
     Args:
-        figure: What to write.
+        figures: With the names of their files; one is drawn when those before it are written.
         folder: Made if it does not exist.
-        name: Of the files.
 
     Returns:
         The files.
 
     Raises:
-        OSError: If one cannot be written.
+        OSError: If one cannot be written. Those before it are whole.
         ValueError: If somebody else's file has the name of one.
     """
     folder = user_path(folder)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / f"{name}.{kind}" for kind in _MADE_BY]
-    for path, (kind, key) in zip(written, _MADE_BY.items(), strict=True):
-        check_ours(path)
-        save = partial(
-            figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata={key: OURS}
-        )
-        write_whole(path, save)
+    written: list[Path] = []
+    for name, figure in figures:
+        for kind, key in _MADE_BY.items():
+            written.append(folder / f"{name}.{kind}")
+            check_ours(written[-1])
+            save = partial(
+                figure.savefig, format=kind, dpi=200, bbox_inches="tight", metadata={key: OURS}
+            )
+            write_whole(written[-1], save)
     return written

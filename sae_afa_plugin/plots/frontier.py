@@ -126,10 +126,7 @@ def frontier_plot(
         for label in axis.get_minorticklabels():
             label.set_fontsize(8)
     ax.set_ylabel({_CE: "1 - CE recovered", "nmse_mean": "NMSE"}.get(column, column))
-    if not legend:
-        pass
-    elif several_hooks:
-        ax.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
-    else:
-        ax.legend(fontsize="small")
+    if legend:
+        beside: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)} if several_hooks else {}
+        ax.legend(fontsize="small", **beside)
     return figure

@@ -12,15 +12,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sae_afa_plugin.plots import colours, frontier_plot, literal, save_figure, styled
+from sae_afa_plugin import plots
+from sae_afa_plugin.plots import colours, frontier_plot, literal, styled
 from sae_afa_plugin.sweep.results import SETTING, SweepResults
 
-# of the columns of a frontier: how they are called, in the order in which they are drawn
-_HEIGHTS = {
-    "nmse_mean": "NMSE",
-    "core_ce_loss_score": "1 - CE recovered",
+_ON_A_FRONTIER = ("nmse_mean", "core_ce_loss_score", "f1", "mcc")
+_LABELS = {  # beside those that frontier_plot knows
     "f1": "F1 with the truth",
     "mcc": "MCC with the truth",
+    "norm_ratio_median": "‖f‖/‖z‖ (median)",
+    "pw_mcc": "PW-MCC over seeds",
 }
 
 
@@ -64,8 +65,9 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 
 def frontiers(results: SweepResults) -> Figure:
     """Error, and where it is known the truth, against L0: a column of panels for each hook."""
-    shown = [c for c in _HEIGHTS if _is_known(results.summary, c)]
-    return _against_l0(results.summary, shown)
+    return _against_l0(
+        results.summary, [c for c in _ON_A_FRONTIER if _is_known(results.summary, c)]
+    )
 
 
 def ratios(results: SweepResults) -> Figure:
@@ -99,7 +101,7 @@ def _against_l0(table: pd.DataFrame, columns: Sequence[str]) -> Figure:
             here: Any = table[table["hook_name"] == hook].drop(columns="hook_name")
             frontier_plot(here, ax=ax, column=column, legend=False, kinds=kinds)
             ax.set_xlabel("active features (L0)" if ax in panels[-1] else "")
-            ax.set_ylabel(_label(column) if hook == hooks[0] else "")
+            ax.set_ylabel(_LABELS.get(column, ax.get_ylabel()) if hook == hooks[0] else "")
             if ax in panels[0] and len(hooks) > 1:
                 ax.set_title(literal(str(hook)), fontsize=9)
             known.update(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
@@ -111,11 +113,6 @@ def _against_l0(table: pd.DataFrame, columns: Sequence[str]) -> Figure:
         fontsize="small",
     )
     return figure
-
-
-def _label(column: str) -> str:
-    own = {"norm_ratio_median": "‖f‖/‖z‖ (median)", "pw_mcc": "PW-MCC over seeds"}
-    return {**_HEIGHTS, **own}[column]
 
 
 def _is_known(table: pd.DataFrame, column: str) -> bool:
@@ -237,8 +234,4 @@ def save_figures(results: SweepResults, folder: Path) -> list[Path]:
         OSError: If one cannot be written.
         ValueError: If somebody else's file has the name of one.
     """
-    return [
-        path
-        for figure in drawn(results)
-        for path in save_figure(figure.draw(results), folder, figure.name)
-    ]
+    return plots.save_figures(((one.name, one.draw(results)) for one in drawn(results)), folder)

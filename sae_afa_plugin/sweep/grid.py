@@ -74,6 +74,11 @@ class Member:
         told = l0_option(self.row.architecture)
         return self.row.is_trained and (told is None or self.options.get(told) is None)
 
+    @property
+    def is_matched(self) -> bool:
+        """Whether ``match_l0`` trains others at its L0."""
+        return self.chooses_l0 and self.row.control is None
+
     def training(self, sweep: Sweep, d_in: int, device: str) -> SAETraining:
         """How it is trained.
 

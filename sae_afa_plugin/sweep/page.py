@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from sae_afa_plugin.groups.base import Column
-from sae_afa_plugin.pages import embedded, render
+from sae_afa_plugin.pages import embedded, render, sortable
 from sae_afa_plugin.sweep.figures import drawn, short_names
 from sae_afa_plugin.sweep.results import SweepResults
 from sae_afa_plugin.sweep.statistics import noise_of_numbers
@@ -64,7 +64,7 @@ def _mean_and_sd(row: Any, column: Column) -> tuple[str, float]:
     text = shown(column, value)
     if not pd.isna(value) and not pd.isna(sd) and sd > 0:
         text += f" ± {shown(column, sd)}"
-    return text, -1e300 if pd.isna(value) else float(value)
+    return text, sortable(value)
 
 
 def _compared(table: Any) -> list[dict[str, str]]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import resource
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sae_afa_plugin.activations.hooks import usual_device
 from sae_afa_plugin.evaluation import evaluate_saes
 from sae_afa_plugin.files import user_path, writing
 from sae_afa_plugin.groups.known_truth import KnownTruth, TrueCode
@@ -29,7 +29,7 @@ from sae_afa_plugin.sweep.figures import save_figures
 from sae_afa_plugin.sweep.grid import Member, each_once, matched, members
 from sae_afa_plugin.sweep.page import render_sweep
 from sae_afa_plugin.sweep.results import EVALUATION, SweepResults
-from sae_afa_plugin.sweep.sources import Sources, sources_of_sweep, usual_device
+from sae_afa_plugin.sweep.sources import Sources, sources_of_sweep
 from sae_afa_plugin.sweep.tabulate import tabulated
 from sae_afa_plugin.training.coordinator import Trained, train_saes
 from sae_afa_plugin.training.run import SAETraining
@@ -112,7 +112,7 @@ class _Running:
         )
         results.save(self.out)
         save_figures(results, self.out / "figures")
-        write_page(render_sweep(results), self.out)
+        write_page(self.out, lambda: render_sweep(results))
         return results
 
     def _trainings(self, of: Iterable[Member]) -> dict[str, SAETraining]:
@@ -184,7 +184,7 @@ class _Running:
         return [
             (member, float(l0[member.name]))
             for member in self.members
-            if member.chooses_l0 and member.row.control is None and member.name in l0.index
+            if member.is_matched and member.name in l0.index
         ]
 
     # --- the plan ---
@@ -193,12 +193,9 @@ class _Running:
         sweep, trainings = self.sweep, self._trainings(self.members)
         groups = groups_within(trainings, sweep.memory)
         tokens = sweep.steps * sweep.batch_size
-        rows = [
-            (key, len(list(of)))
-            for key, of in groupby(self.members, key=lambda member: member.row.line)
-        ]
+        n_rows = len({member.row.line for member in self.members})
         self.say(
-            f"{len(self.members)} SAEs from {len(rows)} rows: {len(trainings)} to train, "
+            f"{len(self.members)} SAEs from {n_rows} rows: {len(trainings)} to train, "
             f"{sweep.steps:,} steps of {sweep.batch_size:,} tokens each"
         )
         n = self.sources.training.n_tokens
@@ -247,8 +244,7 @@ class _Running:
         }
 
     def _matches(self) -> int:
-        choose = sum(member.chooses_l0 and member.row.control is None for member in self.members)
-        return choose * len(self.sweep.match_l0)
+        return sum(member.is_matched for member in self.members) * len(self.sweep.match_l0)
 
 
 def _duration(seconds: float) -> str:

@@ -16,12 +16,9 @@ class Mistakes(ValueError):
     """All that is wrong with a document, a line for each."""
 
     def __init__(self, name: str, lines: list[str]):
-        found = lines[0] if len(lines) == 1 else f"{len(lines)} mistakes"
-        super().__init__(f"{name}, {found}" if len(lines) == 1 else f"{name} has {found}")
+        several = "\n  ".join([f"{name} has {len(lines)} mistakes", *lines])
+        super().__init__(f"{name}, {lines[0]}" if len(lines) == 1 else several)
         self.lines = lines
-
-    def __str__(self) -> str:
-        return "\n  ".join([self.args[0], *(self.lines if len(self.lines) > 1 else [])])
 
 
 class Lines:

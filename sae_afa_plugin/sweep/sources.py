@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from sae_afa_plugin.activations.base import Activations
 from sae_afa_plugin.activations.embedded import EMBEDDED_NAME, SMOLLM2_NAME, load_smollm2
 from sae_afa_plugin.activations.language_model import LanguageModelActivations
@@ -101,8 +99,3 @@ def _metadata(sweep: Sweep, settings: dict[str, Any]) -> dict[str, Any]:
     }
     known = ("context_size", "prepend_bos", "exclude_special_tokens")
     return {**found, **{key: settings[key] for key in known if key in settings}}
-
-
-def usual_device(device: str | None) -> str:
-    """The device that is asked for, or a GPU if there is one."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -173,12 +173,9 @@ def _interpolations(summary: pd.DataFrame) -> list[dict[str, Any]]:
     """Each setting that chooses its L0 beside every family that is told one, by its neighbours."""
     rows: list[dict[str, Any]] = []
     plain: Any = summary[summary["control"].isna()]
-    chosen: Any = plain[plain["chooses_l0"].astype(bool)].groupby(
-        ["hook_name", "setting"], sort=False
-    )
-    told: Any = plain[~plain["chooses_l0"].astype(bool)].groupby(
-        ["hook_name", "family"], sort=False
-    )
+    chooses = plain["chooses_l0"].astype(bool)
+    chosen: Any = plain[chooses].groupby(SETTING, sort=False)
+    told: Any = plain[~chooses].groupby(["hook_name", "family"], sort=False)
     lines = {key: group.groupby("setting")[["l0_mean", "nmse_mean"]].mean() for key, group in told}
     for (hook, setting), group in chosen:
         l0, nmse = group["l0_mean"].mean(), group["nmse_mean"].mean()
