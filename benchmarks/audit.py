@@ -24,7 +24,7 @@ import pandas as pd
 from measuring import machine, write
 from scipy.stats import spearmanr
 
-from sae_afa_plugin.sweep.config import load_sweep
+from sae_afa_plugin.sweep.reader import load_sweep
 from sae_afa_plugin.sweep.results import SweepResults
 from sae_afa_plugin.sweep.run import run_sweep
 from sae_afa_plugin.sweep.statistics import noise_of_numbers, reseed_noise

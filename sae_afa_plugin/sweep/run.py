@@ -23,11 +23,12 @@ from sae_afa_plugin.sweep.budget import (
     state_bytes,
     step_bytes,
 )
-from sae_afa_plugin.sweep.config import PCA, TRUTH, Sweep, load_sweep
+from sae_afa_plugin.sweep.config import PCA, TRUTH, Sweep
 from sae_afa_plugin.sweep.controls import write_pca, write_untrained
 from sae_afa_plugin.sweep.figures import save_figures
 from sae_afa_plugin.sweep.grid import Member, each_once, matched, members
 from sae_afa_plugin.sweep.page import render_sweep
+from sae_afa_plugin.sweep.reader import load_sweep
 from sae_afa_plugin.sweep.results import EVALUATION, SweepResults
 from sae_afa_plugin.sweep.sources import Sources, sources_of_sweep
 from sae_afa_plugin.sweep.tabulate import tabulated

@@ -30,7 +30,7 @@ from markdown.extensions.toc import slugify
 
 from sae_afa_plugin import cli
 from sae_afa_plugin.activations.text import standard_library_texts
-from sae_afa_plugin.sweep.config import parse_sweep
+from sae_afa_plugin.sweep.reader import parse_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGES = {

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from sae_afa_plugin import cli
 from sae_afa_plugin.sweep.budget import groups_within, state_bytes
-from sae_afa_plugin.sweep.config import parse_sweep
 from sae_afa_plugin.sweep.figures import drawn
 from sae_afa_plugin.sweep.grid import members
 from sae_afa_plugin.sweep.page import render_sweep
+from sae_afa_plugin.sweep.reader import parse_sweep
 from sae_afa_plugin.sweep.results import TABLES, SweepResults
 from sae_afa_plugin.sweep.run import run_sweep
 from sae_afa_plugin.sweep.sources import sources_of_sweep
@@ -144,7 +144,7 @@ def test_groups_fit_the_memory():
 
 KILLED = """
 from test_run import CONFIG, contents
-from sae_afa_plugin.sweep.config import parse_sweep
+from sae_afa_plugin.sweep.reader import parse_sweep
 from sae_afa_plugin.sweep.run import run_sweep
 
 sweep = parse_sweep(CONFIG.replace("steps: 30", "steps: 4").replace("seeds: [0, 1]", "seeds: [0]"))

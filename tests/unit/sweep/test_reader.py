@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sae_afa_plugin.sweep.config import SHIPPED, load_sweep, parse_sweep
 from sae_afa_plugin.sweep.grid import matched, members
+from sae_afa_plugin.sweep.reader import SHIPPED, load_sweep, parse_sweep
 from sae_afa_plugin.sweep.source_lines import Lines, Mistakes
 
 GOOD = """
