@@ -203,7 +203,7 @@ def _built(lines: Lines, path: tuple[Any, ...], build: Callable[[], Any]) -> Any
     try:
         return build()
     except (ValueError, TypeError) as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split()).removeprefix("cfg.")  # as SAELens calls it
         word = text.split(" ", 1)[0].split("=", 1)[0]
         lines.say((*path, word) if lines.of((*path, word)) != lines.of(path) else path, text)
         return None

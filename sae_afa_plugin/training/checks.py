@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import fields
 from typing import Any, TypeAlias
 
@@ -10,6 +11,7 @@ from sae_lens import (
     LanguageModelSAERunnerConfig,
     LoggingConfig,
     MultiSAETrainingRunnerConfig,
+    TrainingSAE,
     TrainingSAEConfig,
 )
 from sae_lens.config import SAETrainerConfig
@@ -70,7 +72,8 @@ def check_sae(sae: TrainingSAEConfig) -> None:
         sae: The config.
 
     Raises:
-        ValueError: If a number is of the wrong kind, NaN or infinite, or it is in float16.
+        ValueError: If a number is of the wrong kind, NaN or infinite, it is in float16, or its
+            class refuses it.
     """
     limits.whole(sae, "d_in", "d_sae", at_least=1)
     limits.dtype_and_device(sae)
@@ -83,3 +86,7 @@ def check_sae(sae: TrainingSAEConfig) -> None:
         value = getattr(sae, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name} must be a finite number: got {value!r}")
+    # some is known to the class alone, widths of Matryoshka SAEs say; "meta" takes no memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        TrainingSAE.from_dict({**sae.to_dict(), "device": "meta"})

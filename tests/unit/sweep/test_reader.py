@@ -76,6 +76,11 @@ saes:
         (("topk, k: 8", "pca"), "pca needs k, the number of directions"),
         (("topk, k: 8", "pca, k: 8, control: untrained"), "pca is a control itself"),
         (("d_sae: 64", ""), "d_sae is said neither here nor for all"),
+        (("topk, k: 8", "matryoshka_batchtopk"), "matryoshka_widths must not be empty"),
+        (
+            ("topk, k: 8", "matryoshka_batchtopk, matryoshka_widths: [[8, 80, 64]]"),
+            "saes[1]: matryoshka_widths must be strictly increasing",
+        ),
         (("1/128", "-1.0"), "afa_coefficient must not be negative: got -1.0"),
         (("saes:", "match_l0: [standard]\nsaes:"), "standard cannot be told an L0"),
         (("saes:", "match_l0: [{architecture: topk, k: 3}]\nsaes:"), "is what is matched"),
