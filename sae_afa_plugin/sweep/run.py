@@ -19,7 +19,7 @@ from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sources import Excluded
 from sae_afa_plugin.sweep.budget import (
     groups_within,
-    seconds_of_steps,
+    measured_seconds,
     state_bytes,
     step_bytes,
 )
@@ -33,6 +33,7 @@ from sae_afa_plugin.sweep.results import EVALUATION, SweepResults
 from sae_afa_plugin.sweep.sources import Sources, sources_of_sweep
 from sae_afa_plugin.sweep.tabulate import tabulated
 from sae_afa_plugin.training.coordinator import Trained, train_saes
+from sae_afa_plugin.training.folder import is_finished
 from sae_afa_plugin.training.run import SAETraining
 from sae_afa_plugin.training.stream import default_block
 
@@ -201,29 +202,53 @@ class _Running:
         )
         n = self.sources.training.n_tokens
         times = f", {tokens / n:.1f} times" if tokens > n else ""
+        together = (
+            f"{len(groups)} groups of up to {max(map(len, groups))} SAEs, each on one pass over"
+            if len(groups) > 1
+            else "all on one pass over"
+        )
         self.say(
-            f"{len(groups)} groups of {max(map(len, groups), default=0)} SAEs or fewer, each reads "
-            f"{min(tokens, n):,} tokens{times}; held out are {self.sources.heldout.n_tokens:,}"
+            f"{together} {min(tokens, n):,} tokens{times}; {self.sources.heldout.n_tokens:,} others "
+            "are held out"
         )
         if trainings:
-            seconds = seconds_of_steps(trainings.values())
-            more = f", and at most {self._matches()} more at equal L0" if sweep.match_l0 else ""
-            self.say(f"training steps take about {_duration(seconds)} here (measured){more}")
-            biggest = max(trainings.values(), key=step_bytes)
-            disk = sum(8 * t.sae.d_in * t.sae.d_sae for t in trainings.values())
-            held = max(sum(map(state_bytes, group.values())) for group in groups)
-            self.say(
-                f"on disk {disk / 2**30:.2f} GiB of SAEs, while training up to four times that; in "
-                f"memory {(held + step_bytes(biggest)) / 2**30:.2f} GiB beside the model"
+            self._say_costs(trainings, groups)
+
+    def _say_costs(
+        self, trainings: Mapping[str, SAETraining], groups: Sequence[Mapping[str, SAETraining]]
+    ) -> None:
+        todo = {n: t for n, t in trainings.items() if not is_finished(self.out / SAES / n)}
+        if len(todo) < len(trainings):
+            self.say(f"{len(trainings) - len(todo)} of them are trained already")
+        if todo:
+            passes = sum(any(name in todo for name in group) for group in groups)
+            n_saes = len(self.members) - len(trainings) + len(todo)
+            seconds = measured_seconds(todo, passes, n_saes, self.sources, self.sweep)
+            more = (
+                f"; at most {self._matches()} more at equal L0 come on top"
+                if self.sweep.match_l0
+                else ""
             )
-            with writing(self.out):
-                self.out.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.out).free
-            if disk > free:
-                raise OSError(
-                    f"the SAEs need {disk / 2**30:.1f} GiB in {str(self.out)!r}, where "
-                    f"{free / 2**30:.1f} are free: choose another place, or fewer rows"
-                )
+            self.say(
+                f"about {_duration(sum(seconds))} here (measured): activations "
+                f"{_duration(seconds.reading)}, training steps {_duration(seconds.steps)}, "
+                f"evaluation {_duration(seconds.evaluation)}{more}"
+            )
+        biggest = max(trainings.values(), key=step_bytes)
+        disk = sum(8 * t.sae.d_in * t.sae.d_sae for t in trainings.values())
+        held = max(sum(map(state_bytes, group.values())) for group in groups)
+        self.say(
+            f"on disk {disk / 2**30:.2f} GiB of SAEs, while training up to four times that; in "
+            f"memory {(held + step_bytes(biggest)) / 2**30:.2f} GiB beside the model"
+        )
+        with writing(self.out):
+            self.out.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.out).free
+        if disk > free:
+            raise OSError(
+                f"the SAEs need {disk / 2**30:.1f} GiB in {str(self.out)!r}, where "
+                f"{free / 2**30:.1f} are free: choose another place, or fewer rows"
+            )
 
     def _about(self) -> dict[str, Any]:
         """What a reader has to know of the run."""

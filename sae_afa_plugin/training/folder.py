@@ -47,6 +47,17 @@ _WRITTEN = (
 )
 
 
+def is_finished(path: Path) -> bool:
+    """Whether a folder says that its training is finished; whose it is, is not looked at.
+
+    Args:
+        path: The folder; it need not exist.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((path / RECORD_FILENAME).read_text(encoding="utf-8"))["state"] == FINISHED
+    return False
+
+
 class TrainingFolder:
     """One SAE's folder. It keeps to its settings.
 
