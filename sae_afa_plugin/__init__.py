@@ -26,6 +26,10 @@ from sae_afa_plugin.training.recipes import paper_runner_config
 if TYPE_CHECKING:
     from sae_afa_plugin import plots
     from sae_afa_plugin.report import write_report
+    from sae_afa_plugin.sweep.results import SweepResults
+    from sae_afa_plugin.sweep.run import run_sweep
+    from sae_afa_plugin.training.coordinator import train_saes
+    from sae_afa_plugin.training.run import SAETraining
 
 __version__ = "0.1.0"
 
@@ -34,6 +38,8 @@ __all__ = [
     "AFAEvaluator",
     "AFAResults",
     "AFATokenMetrics",
+    "SAETraining",
+    "SweepResults",
     "TopAFASAE",
     "TopAFASAEConfig",
     "TopAFATrainingSAE",
@@ -48,17 +54,27 @@ __all__ = [
     "plots",
     "register",
     "run_evals",
+    "run_sweep",
     "top_afa",
+    "train_saes",
     "write_report",
 ]
 
+# matplotlib takes half a second to import, which training and evaluating need not pay
+_WHEN_ASKED_FOR = {
+    "SAETraining": "training.run",
+    "SweepResults": "sweep.results",
+    "run_sweep": "sweep.run",
+    "train_saes": "training.coordinator",
+    "write_report": "report",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # matplotlib takes half a second to import, which training and evaluating need not pay
     if name == "plots":
         return import_module("sae_afa_plugin.plots")
-    if name == "write_report":
-        return import_module("sae_afa_plugin.report").write_report
+    if name in _WHEN_ASKED_FOR:
+        return getattr(import_module(f"sae_afa_plugin.{_WHEN_ASKED_FOR[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
