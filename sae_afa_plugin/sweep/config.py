@@ -114,6 +114,7 @@ class Row:
         hooks: Only these; None: those of the sweep.
         seeds: Only these; None: those of the sweep.
         trainer: Fields of SAELens's ``SAETrainerConfig`` that differ from the sweep's.
+        match_l0: Whether the sweep's ``match_l0`` trains others at the L0 of its SAEs.
         line: Where it stands.
     """
 
@@ -123,6 +124,7 @@ class Row:
     hooks: tuple[str, ...] | None = None
     seeds: tuple[int, ...] | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
+    match_l0: bool = True
     line: int = 1
 
     @property

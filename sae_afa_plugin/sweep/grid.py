@@ -77,7 +77,7 @@ class Member:
     @property
     def is_matched(self) -> bool:
         """Whether ``match_l0`` trains others at its L0."""
-        return self.chooses_l0 and self.row.control is None
+        return self.chooses_l0 and self.row.control is None and self.row.match_l0
 
     def training(self, sweep: Sweep, d_in: int, device: str) -> SAETraining:
         """How it is trained.

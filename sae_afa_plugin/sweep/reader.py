@@ -45,7 +45,7 @@ _NOT_A_CHOICE = (
 )
 TRAINER_FIELDS = {f.name for f in fields(SAETrainerConfig)} - set(_NOT_A_CHOICE)
 CONTROLS = ("untrained", "frozen_decoder")
-_OF_A_ROW = ("architecture", "control", "hooks", "seeds", "trainer")
+_OF_A_ROW = ("architecture", "control", "hooks", "seeds", "trainer", "match_l0")
 
 SHIPPED = ("demo", "paper", "smollm2", "truth")
 
@@ -289,6 +289,8 @@ def _row(lines: Lines, path: tuple[Any, ...], value: Any) -> Row | None:
         for key in ("hooks", "seeds")
         if key in given
     }
+    if "match_l0" in given:
+        several["match_l0"] = _value(lines, (*path, "match_l0"), given["match_l0"], bool)
     trainer = _trainer(lines, (*path, "trainer"), given.get("trainer", {}))
     return Row(architecture, options, control, trainer=trainer, line=lines.of(path), **several)
 
@@ -382,9 +384,10 @@ def _check_row(lines: Lines, path: tuple[Any, ...], sweep: Sweep, row: Row) -> N
             lines.say(path, f"{row.architecture} cannot be told an L0")
         elif told in row.options:
             lines.say((*path, told), "is what is matched: leave it out")
-        if row.seeds is not None or row.control is not None:
+        if row.seeds is not None or row.control is not None or not row.match_l0:
             lines.say(
-                path, "seeds and control are those of the SAE that is matched: leave them out"
+                path,
+                "seeds, control and match_l0 are those of the SAE that is matched: leave them out",
             )
         row = replace(row, options={**row.options, **({told: (1,)} if told else {})})
     elif row.architecture == PCA and "k" not in row.options:

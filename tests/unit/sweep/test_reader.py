@@ -84,6 +84,8 @@ saes:
         (("1/128", "-1.0"), "afa_coefficient must not be negative: got -1.0"),
         (("saes:", "match_l0: [standard]\nsaes:"), "standard cannot be told an L0"),
         (("saes:", "match_l0: [{architecture: topk, k: 3}]\nsaes:"), "is what is matched"),
+        (("saes:", "match_l0: [{architecture: topk, match_l0: false}]\nsaes:"), "leave them out"),
+        (("k: 8", "k: 8, match_l0: 1"), "saes[1].match_l0: must be bool: got 1"),
         (("1e-3}", "1e-3, total_training_samples: 3}"), "is decided by the sweep"),
         (("layer_norm", "layernorm"), "normalize_activations"),
         (("saes:", "measure: {core_token: 1}\nsaes:"), "did you mean core_tokens?"),
@@ -135,6 +137,18 @@ def test_what_is_told_the_l0_of_others():
         ("a", "topk", 20, None), ("b", "topk", 1, None), ("b", "jumprelu", None, 1.0),
     ]  # fmt: skip
     assert all(b.seed == a.seed and b.options["d_sae"] == 64 for a, b in pairs)
+
+
+def test_a_row_can_be_left_out_of_the_matching():
+    rows = "saes:\n  - {architecture: standard, match_l0: false}"
+    found = members(parse_sweep(GOOD.replace("saes:", rows)))
+    matched_ones = {m.row.architecture for m in found if m.is_matched}
+    assert {m.row.architecture for m in found if m.chooses_l0} == {"standard", "topafa"}
+    assert matched_ones == {"topafa"}
+    told = [m for m in found if m.row.architecture == "standard"]
+    assert [m.name for m in told] == [
+        f"standard_d-sae=64_{hook}_seed={seed}" for hook in "ab" for seed in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize(
