@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -121,7 +123,12 @@ def frontier_plot(
     for axis in (ax.xaxis, ax.yaxis) if is_error else (ax.xaxis,):
         axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
         axis.set_minor_formatter(
-            FuncFormatter(lambda v, _: f"{v:g}" if f"{v:e}"[0] in "25" else "")
+            # over more than three decades there is room for those alone
+            FuncFormatter(
+                lambda v, _, axis=axis: (
+                    f"{v:g}" if f"{v:e}"[0] in "25" and _decades(axis) < 3 else ""
+                )
+            )
         )
         for label in axis.get_minorticklabels():
             label.set_fontsize(8)
@@ -130,3 +137,8 @@ def frontier_plot(
         beside: Any = {"loc": "upper left", "bbox_to_anchor": (1.02, 1.0)} if several_hooks else {}
         ax.legend(fontsize="small", **beside)
     return figure
+
+
+def _decades(axis: Axis) -> float:
+    low, high = sorted(axis.get_view_interval())
+    return math.log10(high / low)

@@ -227,6 +227,9 @@ def test_the_figures_show_the_means_and_deviations_of_the_tables(sweep):
         np.testing.assert_allclose(
             (ends[:, 1] - ends[:, 0]) / 2, frontier[f"{column}_sd"].fillna(0), atol=1e-12
         )
+    # the truth has no error but rounding, which would be all that is seen of that axis
+    labels = [[c.get_label() for c in ax.containers] for ax in shown["frontier"].axes]
+    assert ["truth" in of_panel for of_panel in labels] == [False, True, True]
     points = [c[0].get_xdata(orig=False)[0] for c in shown["equal_l0"].axes[0].containers]
     ratios = results.comparisons["nmse_ratio"].dropna()
     assert sorted(points) == pytest.approx(sorted(ratios))
