@@ -20,8 +20,9 @@ TORCH ?= torch
 CONSTRAINTS ?= $(shell $(PYTHON) -c 'import sys; print("constraints" + "-lowest" * (sys.version_info < (3, 11)) + ".txt")')
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS)
-# a process for each core, each with one thread; what a file shares is made in one of them
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# a process for each core, each with one thread; what a file shares is made in one of them, and the
+# files come in their order: tests/e2e, the longest, first
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 # bytecode is made of what is used, when it is first used: so it has to be kept
 unexport PYTHONDONTWRITEBYTECODE
 # two stages: what the demo needs, and on top of it what everything else needs
