@@ -20,6 +20,7 @@ from sae_lens import (
     BatchTopKTrainingSAEConfig,
     JumpReLUTrainingSAEConfig,
     LoggingConfig,
+    MatryoshkaBatchTopKTrainingSAEConfig,
     SAETrainer,
     StandardTrainingSAEConfig,
     TopKSAEConfig,
@@ -371,8 +372,14 @@ def architectures():
     class Hungry(Raising):
         error = torch.OutOfMemoryError("tried to allocate 1.00 TiB")
 
+    class Looking(TopKTrainingSAE):
+        def initialize_weights(self):
+            super().initialize_weights()
+            torch.rand(1)
+            assert self.W_enc.sum().item() != 0  # "meta" has no numbers
+
     added = {}
-    for cls in (Noisy, Watched, Raising, Breaking, Hungry):
+    for cls in (Noisy, Watched, Raising, Breaking, Hungry, Looking):
         name = cls.__name__.lower()
 
         @dataclass
@@ -513,6 +520,16 @@ def test_weights_that_are_no_numbers_are_noticed_before_they_are_saved(tmp_path,
     assert all(
         t.isfinite().all() for t in load_file(checkpoint / "sae_weights.safetensors").values()
     )
+
+
+def test_what_its_class_refuses_is_refused_at_once_and_nothing_else(tmp_path, architectures):
+    widths = {"d_in": 16, "d_sae": 64, "matryoshka_widths": [32, 16]}
+    with pytest.raises(ValueError, match="matryoshka_widths must be strictly increasing"):
+        SAETraining(MatryoshkaBatchTopKTrainingSAEConfig(**widths), "hook", trainer_config(), 1)
+    before = torch.get_rng_state()
+    looking = SAETraining(architectures["looking"](**SIZE, k=3), "hook", trainer_config(), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert train({"a": looking}, tmp_path)["a"].reason is None
 
 
 @pytest.mark.parametrize("name", ["topafa", "plain"])
