@@ -48,6 +48,7 @@ _DEMO = "sae-afa evaluate --path output/demo/topafa --path output/demo/topk --da
 SUBSTITUTIONS: dict[str, list[tuple[str, str]]] = {
     "README.md": [
         (', device="cuda")', _SMALL_RUN),
+        ("--out output/sweep", "--out output/sweep --dry-run"),
     ],
     "docs/index.md": [
         ("--tokens 20000", "--tokens 200"),
