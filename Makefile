@@ -85,6 +85,7 @@ performance: $(INSTALLED)
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/training.py --growth
 	$(BIN)/python benchmarks/several.py
+	$(BIN)/python benchmarks/one_pass.py --steps 30
 	$(BIN)/python benchmarks/evaluator.py
 
 gpu: $(INSTALLED)

@@ -48,7 +48,8 @@ def coordinator(x: Tensor, n_saes: int, d_sae: int, trainer: SAETrainerConfig) -
             },
             TensorActivations({"hook": x}, settings={}),
             folder,
-            block_tokens=len(x),
+            # two blocks at least, or each SAE would be finished and gone before the next begins
+            block_tokens=trainer.total_training_samples // 2,
             progress=False,
         )
     assert all(one.reason is None for one in trained.values())
@@ -96,7 +97,7 @@ def main() -> None:
         WAYS[name](x, args.saes, args.d_sae, trainer)
         seconds[name].append(time.perf_counter() - started)
 
-    coordinator(x, 2, 512, SAETrainerConfig(args.batch, args.batch))  # compiles, loads
+    coordinator(x, 2, 512, SAETrainerConfig(2 * args.batch, args.batch))  # compiles, loads
     for _ in range(args.rounds):
         for name in ways:
             peaks[name].append(peak_bytes(lambda n=name: run(n)) / 2**20)
