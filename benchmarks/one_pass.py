@@ -92,7 +92,6 @@ def main() -> None:
     d_in = source.shapes([args.hook])[args.hook].numel()
     trainings = {m.name: m.training(sweep, d_in, "cpu") for m in members(sweep)}
     source.read([args.hook], n_tokens - 1, n_tokens)  # the first pass is slower
-    seconds: dict[str, list[float]] = {}
     with TemporaryDirectory() as folder:
         started = time.perf_counter()
         trained = train_saes(
@@ -102,17 +101,16 @@ def main() -> None:
             block_tokens=min(default_block(args.batch), args.steps * args.batch),
             progress=False,
         )
-        seconds["together, on one pass"] = [time.perf_counter() - started]
+        together = time.perf_counter() - started
         assert all(one.reason is None for one in trained.values())
         steps = sum(one.seconds for one in trained.values())
-        alone: list[float] = []
+        apart = 0.0
         for name, training in trainings.items():
             started = time.perf_counter()
             one_by_one(source, training, Path(folder, "alone", name))
-            alone.append(time.perf_counter() - started)
-            print(f"{name}: {alone[-1]:.1f} s", flush=True)
-        seconds["one by one, SAELens's runner"] = alone
-    together, apart = (sum(times) for times in seconds.values())
+            alone = time.perf_counter() - started
+            apart += alone
+            print(f"{name}: {alone:.1f} s", flush=True)
     lines = [
         f"{len(trainings)} SAEs at {args.hook} of {args.model}, d_in {d_in}, d_sae "
         f"{args.d_sae:,}, {args.steps} steps of {args.batch:,} tokens, {machine()}",

@@ -1,9 +1,10 @@
 """Eight SAEs at once, or more: python benchmarks/several.py
 
 The project's coordinator beside SAELens's MultiSAETrainer on the same activations in memory, taking
-turns: half of the SAEs are of top-AFA and half of TopK. Times are of the whole training, with the gathering of
-batches and what is saved at the end; peaks of memory count everything from the SAEs on (weights,
-gradients, Adam's state, activations of a step). Both mix all tokens at once in memory. Linux only.
+turns: half of the SAEs are of top-AFA and half of TopK. Times are of the whole training, with the
+gathering of batches and what is saved at the end; peaks of memory count everything from the SAEs on
+(weights, gradients, Adam's state, activations of a step). The trainer mixes all tokens at once in
+memory, the coordinator half of what it trains on. Linux only.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from sae_lens import TrainingSAEConfig
 from sae_afa_plugin import limits
 from sae_afa_plugin._upstream import SAE_TRAINING_CLASS_REGISTRY
 from sae_afa_plugin.activations.tokens import Protocol
-from sae_afa_plugin.training.checks import check_sae
 
 # of an SAE's config, what follows from where it reads
 _NOT_OF_A_ROW = ("d_in", "device", "metadata", "reshape_activations")
@@ -254,7 +253,4 @@ def sae_config(architecture: str, d_in: int, options: Mapping[str, Any]) -> Trai
     Raises:
         ValueError: If they do not fit.
     """
-    cls = SAE_TRAINING_CLASS_REGISTRY[architecture][1]
-    cfg = cls(d_in=d_in, **options)
-    check_sae(cfg)
-    return cfg
+    return SAE_TRAINING_CLASS_REGISTRY[architecture][1](d_in=d_in, **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args, get_origin, get_type_hints
 
-from sae_lens import LoggingConfig
+from sae_lens import LoggingConfig, TrainingSAEConfig
 from sae_lens.config import SAETrainerConfig
 
 from sae_afa_plugin import limits
@@ -36,7 +36,7 @@ from sae_afa_plugin.sweep.config import (
     sae_config,
 )
 from sae_afa_plugin.sweep.source_lines import Lines
-from sae_afa_plugin.training.checks import check_training
+from sae_afa_plugin.training.checks import check_sae, check_training
 
 # of SAELens's trainer, what a sweep decides itself
 _NOT_A_CHOICE = (
@@ -401,5 +401,12 @@ def _check_row(lines: Lines, path: tuple[Any, ...], sweep: Sweep, row: Row) -> N
         lines.say(path, "d_sae is said neither here nor for all: how many features?")
         return
     for options in row_options(sweep, row):
-        if _built(lines, path, lambda o=options: sae_config(row.architecture, 16, o)) is None:
+        if _built(lines, path, lambda o=options: _checked(row.architecture, o)) is None:
             return
+
+
+def _checked(architecture: str, options: Mapping[str, Any]) -> TrainingSAEConfig:
+    """The config of an SAE of some width, which is not known here."""
+    cfg = sae_config(architecture, 16, options)
+    check_sae(cfg)
+    return cfg
