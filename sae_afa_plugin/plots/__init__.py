@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from sae_afa_plugin.files import OURS, check_ours, user_path, write_whole, writing
 from sae_afa_plugin.plots.coherence import coherence_plot
 from sae_afa_plugin.plots.energy import energy_plot
-from sae_afa_plugin.plots.frontier import frontier_plot
+from sae_afa_plugin.plots.frontier import MARKERS, frontier_plot
 from sae_afa_plugin.plots.l0 import l0_plot
 from sae_afa_plugin.plots.style import (
     PICTURES,
@@ -37,6 +37,7 @@ from sae_afa_plugin.results import AFAResults
 
 __all__ = [
     "BANDS",
+    "MARKERS",
     "PICTURES",
     "Picture",
     "band",

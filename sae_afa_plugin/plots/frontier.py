@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 from sae_afa_plugin.plots.style import Results, axes_of, colours, literal, merged, picture
 
-_MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*"
 _LINES = ("-", "--", ":", "-.")
 _CE = "core_ce_loss_score"
 
@@ -36,7 +36,8 @@ def frontier_plot(
     *,
     column: str = "nmse_mean",
     legend: bool = True,
-    kinds: Sequence[str] | None = None,
+    best: bool = True,
+    looks: Mapping[str, tuple[str, str]] | None = None,
 ) -> Figure:
     """L0 against the error, one line for each architecture and hook; lower left is better.
 
@@ -50,8 +51,8 @@ def frontier_plot(
             instead of NMSE.
         column: What is drawn against L0, if it is another.
         legend: Whether to say which line is which.
-        kinds: The names that colours and markers are for, where several axes share them; None:
-            those that are there.
+        best: Whether to mark the lowest error, if all SAEs are of one hook.
+        looks: A colour and a marker for each name, where several axes share them.
 
     Raises:
         ValueError: If a column is missing, or no row has values in both.
@@ -85,9 +86,10 @@ def frontier_plot(
         raise ValueError(f"no SAE has both l0_mean and {column}: there is nothing to draw")
     figure, ax = axes_of(ax, (5.6, 4.2))
     several_hooks = points["hook"].nunique() > 1
-    kinds = kinds or sorted(points["kind"].unique())
-    colour = colours(kinds)
-    best = (np.inf, 0.0)
+    if looks is None:
+        shades = colours(sorted(points["kind"].unique()))
+        looks = {name: (c, MARKERS[i % len(MARKERS)]) for i, (name, c) in enumerate(shades.items())}
+    lowest = (np.inf, 0.0)
     # errors at different hooks do not compare: no line leads from one to another
     lines: Any = points.groupby(["kind", "hook"])
     for (name, of_hook), of_line in lines:
@@ -102,19 +104,19 @@ def frontier_plot(
             mean["error"],
             xerr=spread["l0"].fillna(0),
             yerr=spread["error"].fillna(0),
-            color=colour[str(name)],
-            marker=_MARKERS[kinds.index(str(name)) % len(_MARKERS)],
+            color=looks[str(name)][0],
+            marker=looks[str(name)][1],
             ls=_LINES[hooks.index(of_hook) % len(_LINES)],
             ms=5,
             lw=1.2,
             capsize=2,
             label=literal(f"{name}, {of_hook}" if several_hooks else str(name)),
         )
-        lowest = mean["error"].idxmin()
-        best = min(best, (mean["error"][lowest], mean["l0"][lowest]))
-    if is_error and not several_hooks:
-        ax.plot(best[1], best[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
-        ax.annotate("best", (best[1], best[0]), xytext=(0, -9), textcoords="offset points",
+        at = mean["error"].idxmin()
+        lowest = min(lowest, (mean["error"][at], mean["l0"][at]))
+    if best and is_error and not several_hooks:
+        ax.plot(lowest[1], lowest[0], "o", ms=13, mfc="none", mec="black", mew=1.2)
+        ax.annotate("best", (lowest[1], lowest[0]), xytext=(0, -9), textcoords="offset points",
                     ha="center", va="top", fontsize=8)  # fmt: skip
     ax.margins(0.08, 0.12)
     ax.set(xscale="log", xlabel="active features (L0)")

@@ -23,8 +23,8 @@ _P = ParamSpec("_P")
 Results: TypeAlias = AFAResults | Sequence[AFAResults]
 
 
-# Okabe and Ito's palette without its yellow, which is too light on paper
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+# Okabe and Ito's palette without its yellow, which is too light on paper, and Tol's wine
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#882255")
 
 
 _STYLE: Any = {

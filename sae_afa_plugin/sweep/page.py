@@ -10,7 +10,7 @@ import pandas as pd
 from sae_afa_plugin.groups.base import Column
 from sae_afa_plugin.pages import embedded, render, sortable
 from sae_afa_plugin.sweep.figures import drawn, short_names
-from sae_afa_plugin.sweep.results import SweepResults
+from sae_afa_plugin.sweep.results import AT_THIS_L0, SweepResults
 from sae_afa_plugin.sweep.statistics import noise_of_numbers
 from sae_afa_plugin.tables import shown, shown_columns
 
@@ -97,7 +97,7 @@ def _verdict(table: Any) -> Mapping[str, int]:
     """How many settings that choose their L0 have more error than others trained at it, or less."""
     if "nmse_low" not in table:
         return {}
-    of = table[table["how"] != "interpolated"].dropna(subset=["nmse_low", "nmse_high"])
+    of = table[table["how"] == AT_THIS_L0].dropna(subset=["nmse_low", "nmse_high"])
     counts = {
         "more": int((of["nmse_low"] > 1).sum()),
         "less": int((of["nmse_high"] < 1).sum()),

@@ -18,6 +18,11 @@ SETTING = ["hook_name", "setting"]  # what runs have in common that differ by th
 EVALUATION = "evaluation"
 _ABOUT = "sweep.json"
 
+# how a comparison came to the L0 of the SAE that chose it
+AT_THIS_L0 = "trained at this L0"
+MISSED = "told this L0, off by over 10 %"
+INTERPOLATED = "interpolated"
+
 
 def is_sweep(folder: Path) -> bool:
     """Whether a sweep has been finished in a folder."""
@@ -31,8 +36,8 @@ class SweepResults:
     Args:
         summary: One row for each SAE: what it is, and everything that was measured.
         frontier: One row for each setting and hook: means and standard deviations over seeds.
-        comparisons: SAEs that choose their L0 beside others at equal L0: trained at it, or
-            interpolated, which the column ``how`` says.
+        comparisons: SAEs that choose their L0 beside others at equal L0: trained at it, told
+            it and off by more than a tenth, or interpolated, which the column ``how`` says.
         noise: How much each number moves when nothing but the seed does.
         stability: How alike the dictionaries of different seeds are.
         evaluation: Tables of tokens and features.

@@ -16,7 +16,13 @@ from sae_afa_plugin._upstream import SAE_WEIGHTS_FILENAME
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.sweep.config import Sweep
 from sae_afa_plugin.sweep.grid import Member
-from sae_afa_plugin.sweep.results import SETTING, SweepResults
+from sae_afa_plugin.sweep.results import (
+    AT_THIS_L0,
+    INTERPOLATED,
+    MISSED,
+    SETTING,
+    SweepResults,
+)
 from sae_afa_plugin.sweep.statistics import (
     Difference,
     description_length,
@@ -116,19 +122,25 @@ def _comparisons(
         ]
         difference = paired_difference(tables, "nmse", draws)  # pyright: ignore
         ones, others = zip(*names, strict=True)
+        l0, l0_against = (summary.l0_mean[list(each)].mean() for each in (ones, others))
         rows.append(
             {
                 "hook_name": hook,
                 "setting": setting,
                 "against": family,
-                "how": "trained at this L0",
-                "l0": summary.l0_mean[list(ones)].mean(),
-                "l0_against": summary.l0_mean[list(others)].mean(),
+                "how": _how(l0, l0_against),
+                "l0": l0,
+                "l0_against": l0_against,
                 **{f"nmse_{key}": value for key, value in difference._asdict().items()},
             }
         )
     rows += _interpolations(summary)
     return pd.DataFrame(rows, columns=_OF_A_COMPARISON)
+
+
+def _how(l0: float, l0_against: float) -> str:
+    """Whether an SAE that was told an L0 came to it: a coefficient may not get it there."""
+    return AT_THIS_L0 if l0 / 1.1 <= l0_against <= 1.1 * l0 else MISSED
 
 
 def _stability(
@@ -183,17 +195,19 @@ def _interpolations(summary: pd.DataFrame) -> list[dict[str, Any]]:
             if other_hook != hook:
                 continue
             there = interpolated(dict(zip(line["l0_mean"], line["nmse_mean"], strict=True)), l0)
+            if not np.isfinite(there):  # outside of what was trained
+                continue
             rows.append(
                 {
                     "hook_name": hook,
                     "setting": setting,
                     "against": family,
-                    "how": "interpolated",
+                    "how": INTERPOLATED,
                     "l0": l0,
                     "l0_against": l0,
                     "nmse_first": nmse,
                     "nmse_second": there,
-                    "nmse_ratio": nmse / there if np.isfinite(there) else math.nan,
+                    "nmse_ratio": nmse / there,
                     "nmse_seeds": len(group),
                 }
             )

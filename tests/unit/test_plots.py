@@ -305,11 +305,12 @@ def test_any_other_column_is_drawn_as_it_is_and_none_of_it_is_best():
     assert ax.get_legend() is None
 
 
-def test_axes_that_share_kinds_share_their_colours():
-    (alone,) = plots.frontier_plot(frontier()[3:], kinds=["topafa", "topk"]).axes
-    (among,) = plots.frontier_plot(frontier(), kinds=["topafa", "topk"]).axes
-    colour = {c.get_label(): c[0].get_color() for c in among.containers}
-    assert alone.containers[0][0].get_color() == colour["topafa"] != colour["topk"]
+def test_axes_can_share_their_looks():
+    looks = {"topafa": ("#123456", "s"), "topk": ("#654321", "o")}
+    (ax,) = plots.frontier_plot(frontier(), looks=looks, best=False).axes
+    found = {c.get_label(): (c[0].get_color(), c[0].get_marker()) for c in ax.containers}
+    assert found == looks
+    assert not ax.texts
 
 
 def test_how_an_sae_was_trained_goes_before_what_it_was_saved_as():

@@ -20,9 +20,10 @@ from sae_afa_plugin.sweep.figures import drawn
 from sae_afa_plugin.sweep.grid import members
 from sae_afa_plugin.sweep.page import render_sweep
 from sae_afa_plugin.sweep.reader import parse_sweep
-from sae_afa_plugin.sweep.results import TABLES, SweepResults
+from sae_afa_plugin.sweep.results import AT_THIS_L0, MISSED, TABLES, SweepResults
 from sae_afa_plugin.sweep.run import run_sweep
 from sae_afa_plugin.sweep.sources import sources_of_sweep
+from sae_afa_plugin.sweep.tabulate import _how
 
 CONFIG = """
 synthetic: {world: small, heldout_tokens: 2000}
@@ -233,6 +234,17 @@ def test_the_figures_show_the_means_and_deviations_of_the_tables(sweep):
     points = [c[0].get_xdata(orig=False)[0] for c in shown["equal_l0"].axes[0].containers]
     ratios = results.comparisons["nmse_ratio"].dropna()
     assert sorted(points) == pytest.approx(sorted(ratios))
+
+
+def test_what_was_told_an_l0_and_missed_it_is_no_comparison(sweep):
+    for l0_against, how in ((110, AT_THIS_L0), (91, AT_THIS_L0), (111, MISSED), (90, MISSED)):
+        assert _how(100.0, l0_against) == how
+    _, results, _ = sweep
+    missed = replace(results, comparisons=results.comparisons.assign(how=MISSED))
+    assert "equal_l0" not in [one.name for one in drawn(missed)]
+    page = render_sweep(missed)
+    assert MISSED in page
+    assert "more error in" not in page
 
 
 def test_the_page_says_it_in_words_and_numbers_and_escapes(sweep, tmp_path):
