@@ -13,6 +13,7 @@ from sae_afa_plugin.evaluation import evaluate_release, evaluate_saes
 from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilon_lbo
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.rules.operator import keep_prefix, top_afa
+from sae_afa_plugin.rules.residual import keep_until_explained, leave_one_out
 from sae_afa_plugin.saes.registration import register
 from sae_afa_plugin.saes.topafa import (
     TopAFASAE,
@@ -50,6 +51,8 @@ __all__ = [
     "evaluate_release",
     "evaluate_saes",
     "keep_prefix",
+    "keep_until_explained",
+    "leave_one_out",
     "paper_runner_config",
     "plots",
     "register",

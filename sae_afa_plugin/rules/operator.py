@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_afa_plugin._upstream import is_transformed
+from sae_afa_plugin.rules.choice import differentiable, register_choice
 
 
 def keep_prefix(
@@ -94,7 +94,7 @@ def keep_prefix(
     if per not in ("row", "batch"):
         raise ValueError(f"per must be 'row' or 'batch': got {per!r}")
     _check(acts, "target", target, decoder_norm)
-    return _differentiable(acts, target, decoder_norm, int(p), per)
+    return differentiable(_keep_prefix_op, acts, target, decoder_norm, int(p), per)
 
 
 def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = None) -> Tensor:
@@ -132,7 +132,7 @@ def top_afa(acts: Tensor, target_norm: Tensor, decoder_norm: Tensor | None = Non
         tensor([[0., 0., 1., 0.]])
     """
     _check(acts, "target_norm", target_norm, decoder_norm)
-    return _differentiable(acts, target_norm, decoder_norm, 2, "row")
+    return differentiable(_keep_prefix_op, acts, target_norm, decoder_norm, 2, "row")
 
 
 def _check(acts: Tensor, target_name: str, target: Tensor, decoder_norm: Tensor | None) -> None:
@@ -257,22 +257,7 @@ def _keep_prefix_op(
     return _choose(acts, p, per).keep_prefix(acts, target, decoder_norm, p, per)
 
 
-@_keep_prefix_op.register_fake
-def _(acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str) -> Tensor:
-    return torch.empty(acts.shape, dtype=acts.dtype, device=acts.device)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # pyright: ignore
-    # A kept feature is never zero, so the output itself is the mask: nothing else is stored.
-    ctx.save_for_backward(output)
-
-
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore
-    (output,) = ctx.saved_tensors
-    return torch.where(output != 0, grad, 0), None, None, None, None
-
-
-_keep_prefix_op.register_autograd(_backward, setup_context=_setup_context)
+register_choice(_keep_prefix_op)
 
 
 @_keep_prefix_op.register_vmap
@@ -292,19 +277,3 @@ def _(info, in_dims, acts, target, decoder_norm, p, per):  # pyright: ignore
         norms = batched(decoder_norm, in_dims[2]).unbind()
     each = zip(acts.unbind(), target.unbind(), norms, strict=True)
     return torch.stack([_keep_prefix_op(a, t, norm, p, per) for a, t, norm in each]), 0
-
-
-def _differentiable(
-    acts: Tensor, target: Tensor, decoder_norm: Tensor | None, p: int, per: str
-) -> Tensor:
-    """The operator under whatever differentiates it.
-
-    Autograd's formula, which stores nothing but the output, is for the reverse mode alone: the
-    tangents of the forward mode would be lost without a word, and ``torch.func`` refuses it. There,
-    the choice is made without derivatives and applied with PyTorch's own operators.
-    """
-    if not is_transformed():
-        return _keep_prefix_op(acts, target, decoder_norm, p, per)
-    norms = None if decoder_norm is None else decoder_norm.detach()
-    kept = _keep_prefix_op(acts.detach(), target.detach(), norms, p, per)
-    return torch.where(kept.isnan(), kept, torch.where(kept != 0, acts, 0))

@@ -8,6 +8,7 @@ float64 for many rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -83,3 +84,80 @@ def keep_brute_force(
     mask = np.zeros_like(first)
     np.put_along_axis(mask, order, first, axis=1)
     return mask
+
+
+# --- rules that look at the residual ---
+
+
+def _order(acts: list[float], W_dec: list[list[float]]) -> list[int]:
+    """Features with a positive score, the largest first, by the squares of their scores."""
+    squares = [Fraction(a) ** 2 * _dot(d, d) for a, d in zip(acts, W_dec, strict=True)]
+    offered = [i for i, a in enumerate(acts) if a > 0 and squares[i] > 0]
+    return sorted(offered, key=lambda i: (-squares[i], i))
+
+
+def order_is_clear(acts: list[float], W_dec: list[list[float]]) -> bool:
+    """Whether rounded norms put the scores in the same order.
+
+    Scores of an equal activation and an equal norm are equal however they are rounded.
+    """
+    parts = [(Fraction(a), _dot(d, d)) for a, d in zip(acts, W_dec, strict=True) if a > 0]
+    return all(
+        one == other or abs(one[0] ** 2 * one[1] - other[0] ** 2 * other[1]) * 10**5 > one[1]
+        for i, one in enumerate(parts)
+        for other in parts[:i]
+    )
+
+
+def _dot(a: Sequence[float | Fraction], b: Sequence[float | Fraction]) -> Fraction:
+    return sum((Fraction(x) * Fraction(y) for x, y in zip(a, b, strict=True)), Fraction(0))
+
+
+def _energy_without(
+    kept: list[int], acts: list[float], sae_in: list[float], W_dec: list[list[float]]
+) -> Fraction:
+    """``||y - sum over kept of acts_i d_i||^2``, from the beginning every time."""
+    rest = [
+        Fraction(y) - sum((Fraction(acts[i]) * Fraction(W_dec[i][c]) for i in kept), Fraction(0))
+        for c, y in enumerate(sae_in)
+    ]
+    return _dot(rest, rest)
+
+
+def left_one_out_exactly(
+    acts: list[float], sae_in: list[float], W_dec: list[list[float]], price: float
+) -> tuple[list[int], Fraction]:
+    """What leave-one-out keeps of one row, and by how much its nearest decision was decided.
+
+    A gain is the difference of two energies, as the words of the definition have it.
+    """
+    kept, nearest = _order(acts, W_dec), Fraction(10**9)
+    for least in (Fraction(0), max(Fraction(price), Fraction(0))):
+        for i in reversed(list(kept)):
+            others = [j for j in kept if j != i]
+            gain = _energy_without(others, acts, sae_in, W_dec) - _energy_without(
+                kept, acts, sae_in, W_dec
+            )
+            nearest = min(nearest, abs(gain - least))
+            if gain < least:
+                kept = others
+    return sorted(kept), nearest
+
+
+def explained_exactly(
+    acts: list[float],
+    sae_in: list[float],
+    W_dec: list[list[float]],
+    explained: float,
+    max_k: int | None = None,
+) -> tuple[list[int], Fraction]:
+    """What constant quality keeps of one row, and how far apart the energies are that decided."""
+    order = _order(acts, W_dec)[:max_k]
+    energies = [_energy_without(order[:k], acts, sae_in, W_dec) for k in range(len(order) + 1)]
+    goal = (1 - Fraction(explained)) * energies[0]
+    reached = [k for k, energy in enumerate(energies) if energy <= goal]
+    number = reached[0] if reached else min(range(len(energies)), key=lambda k: energies[k])
+    apart = [abs(energy - goal) for energy in energies]
+    if not reached:
+        apart += [abs(e - energies[number]) for k, e in enumerate(energies) if k != number]
+    return sorted(order[:number]), min(apart)

@@ -68,16 +68,19 @@ def test_triton_compiles_for_cards_that_are_not_here(capability):
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from sae_afa_plugin.rules import residual_triton as residual
 from sae_afa_plugin.rules import triton_kernel as kernels
 
 KINDS = dict(
     norms="*fp32", target="*fp32", aside="*fp32", largest="*i32", pivots="*i32", sums="*fp64",
     cut="*i32", above="*fp64", n_equal="*i32", numbers="*i64", values="*fp64", before="*i64",
+    counts="*i32", features="*i32", scores="*fp32", prices="*fp32", unexplained="fp32",
 )
 
 def compiles(kernel, dtype, num_warps, **constants):
-    constants = dict(HAS_NORMS=True) | constants
-    kinds = KINDS | dict(acts="*" + dtype, out="*" + dtype)
+    if "HAS_NORMS" in kernel.arg_names:
+        constants |= dict(HAS_NORMS=True)
+    kinds = KINDS | {{name: "*" + dtype for name in ("acts", "out", "in", "W_dec")}}
     signature = {{
         name: "constexpr" if name in constants else kinds.get(name.removesuffix("_ptr"), "i32")
         for name in kernel.arg_names
@@ -96,10 +99,15 @@ compiles(kernels.keep_wide_row, "fp16", 16, P=0, TILE=4096, SAMPLE=4096, CANDIDA
 compiles(kernels.scan_row, "fp32", 8, TILE=1024)
 for kernel, p in ((kernels.sum_row, 2), (kernels.count_row, 1), (kernels.write_row, 0)):
     compiles(kernel, "bf16", 8, P=p, TILE=1024)
+compiles(residual.count_offered, "bf16", 4, TILE=1024)
+compiles(residual.put_aside, "bf16", 4, TILE=1024)
+for dtype, width in (("fp32", 1024), ("bf16", 8192)):
+    compiles(residual.leave_one_out_row, dtype, 4, D=width, TILE=1024)
+    compiles(residual.until_explained_row, dtype, 4, D=width, TILE=1024)
 """
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
-    assert done.stdout.split() == ["True"] * 7, done.stderr
+    assert done.stdout.split() == ["True"] * 13, done.stderr
 
 
 # --- Numba ---
