@@ -14,7 +14,19 @@ from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilo
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.rules.operator import keep_prefix, top_afa
 from sae_afa_plugin.rules.residual import keep_until_explained, leave_one_out
+from sae_afa_plugin.saes.constant_quality import (
+    ConstantQualitySAE,
+    ConstantQualitySAEConfig,
+    ConstantQualityTrainingSAE,
+    ConstantQualityTrainingSAEConfig,
+)
 from sae_afa_plugin.saes.registration import register
+from sae_afa_plugin.saes.sparse_topafa import (
+    SparseTopAFASAE,
+    SparseTopAFASAEConfig,
+    SparseTopAFATrainingSAE,
+    SparseTopAFATrainingSAEConfig,
+)
 from sae_afa_plugin.saes.topafa import (
     TopAFASAE,
     TopAFASAEConfig,
@@ -39,7 +51,15 @@ __all__ = [
     "AFAEvaluator",
     "AFAResults",
     "AFATokenMetrics",
+    "ConstantQualitySAE",
+    "ConstantQualitySAEConfig",
+    "ConstantQualityTrainingSAE",
+    "ConstantQualityTrainingSAEConfig",
     "SAETraining",
+    "SparseTopAFASAE",
+    "SparseTopAFASAEConfig",
+    "SparseTopAFATrainingSAE",
+    "SparseTopAFATrainingSAEConfig",
     "SweepResults",
     "TopAFASAE",
     "TopAFASAEConfig",

@@ -1,51 +1,67 @@
-"""Make SAELens know the architecture ``topafa`` by its name."""
+"""Make SAELens know the architectures of this package by their names."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from sae_lens import register_sae_class, register_sae_training_class
 
 from sae_afa_plugin._upstream import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
-from sae_afa_plugin.saes.topafa import (
-    ARCHITECTURE,
-    TopAFASAE,
-    TopAFASAEConfig,
-    TopAFATrainingSAE,
-    TopAFATrainingSAEConfig,
-)
+from sae_afa_plugin.saes import constant_quality, sparse_topafa, topafa
 
-_INFERENCE = (TopAFASAE, TopAFASAEConfig)
-_TRAINING = (TopAFATrainingSAE, TopAFATrainingSAEConfig)
+_Pair = tuple[type[Any], type[Any]]  # a class and its config
+_ARCHITECTURES: dict[str, tuple[_Pair, _Pair]] = {
+    topafa.ARCHITECTURE: (
+        (topafa.TopAFASAE, topafa.TopAFASAEConfig),
+        (topafa.TopAFATrainingSAE, topafa.TopAFATrainingSAEConfig),
+    ),
+    sparse_topafa.ARCHITECTURE: (
+        (sparse_topafa.SparseTopAFASAE, sparse_topafa.SparseTopAFASAEConfig),
+        (sparse_topafa.SparseTopAFATrainingSAE, sparse_topafa.SparseTopAFATrainingSAEConfig),
+    ),
+    constant_quality.ARCHITECTURE: (
+        (constant_quality.ConstantQualitySAE, constant_quality.ConstantQualitySAEConfig),
+        (
+            constant_quality.ConstantQualityTrainingSAE,
+            constant_quality.ConstantQualityTrainingSAEConfig,
+        ),
+    ),
+}
 
 
 def register() -> bool:
-    """Register ``topafa`` with SAELens, for inference and for training.
+    """Register this package's architectures with SAELens, for inference and for training.
 
     Importing ``sae_afa_plugin`` does this already; calling it again changes nothing. Where
-    another package (or SAELens itself) owns the name, that class stays and a warning says so.
+    another package (or SAELens itself) owns a name, that class stays and a warning says so.
 
     Returns:
-        Whether the name now stands for the classes of this plugin.
+        Whether all names now stand for the classes of this plugin.
 
     Example:
         >>> register()
         True
     """
-    owner = SAE_CLASS_REGISTRY.get(ARCHITECTURE, _INFERENCE)
-    training_owner = SAE_TRAINING_CLASS_REGISTRY.get(ARCHITECTURE, _TRAINING)
-    for cls, own in ((owner[0], TopAFASAE), (training_owner[0], TopAFATrainingSAE)):
+    done = [_register(name, *pairs) for name, pairs in _ARCHITECTURES.items()]
+    return all(done)
+
+
+def _register(name: str, inference: _Pair, training: _Pair) -> bool:
+    owner = SAE_CLASS_REGISTRY.get(name, inference)
+    training_owner = SAE_TRAINING_CLASS_REGISTRY.get(name, training)
+    for cls, own in ((owner[0], inference[0]), (training_owner[0], training[0])):
         if cls is not own:
             warnings.warn(
-                f"sae_afa_plugin did not register the architecture {ARCHITECTURE!r}, because "
+                f"sae_afa_plugin did not register the architecture {name!r}, because "
                 f"{cls.__module__}.{cls.__qualname__} already has that name; "
                 f"sae_afa_plugin.{own.__name__} can still be used directly",
-                stacklevel=2,
+                stacklevel=3,
             )
             return False
     # The inference class comes first: building a training config looks it up.
-    if ARCHITECTURE not in SAE_CLASS_REGISTRY:
-        register_sae_class(ARCHITECTURE, *_INFERENCE)
-    if ARCHITECTURE not in SAE_TRAINING_CLASS_REGISTRY:
-        register_sae_training_class(ARCHITECTURE, *_TRAINING)
+    if name not in SAE_CLASS_REGISTRY:
+        register_sae_class(name, *inference)
+    if name not in SAE_TRAINING_CLASS_REGISTRY:
+        register_sae_training_class(name, *training)
     return True

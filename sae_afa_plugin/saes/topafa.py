@@ -73,7 +73,7 @@ def _check_config(cfg: SAEConfig) -> None:
         )
 
 
-class _TopAFA(SAE[Any]):
+class TopAFABase(SAE[Any]):
     """What the inference and the training class share.
 
     Another rule is another architecture: a subclass of each that overrides :meth:`choose`, with
@@ -236,7 +236,7 @@ class TopAFASAEConfig(SAEConfig):
         _check_config(self)
 
 
-class TopAFASAE(_TopAFA, SAE[TopAFASAEConfig]):
+class TopAFASAE(TopAFABase, SAE[TopAFASAEConfig]):
     """
     An inference-only sparse autoencoder with the top-AFA activation function.
 
@@ -360,7 +360,7 @@ class _FeatureNorm(torch.autograd.Function):
         return (feature_acts * decoder_norm.square()).mul_(factor).to(feature_acts.dtype), None
 
 
-class TopAFATrainingSAE(_TopAFA, TrainingSAE[TopAFATrainingSAEConfig]):
+class TopAFATrainingSAE(TopAFABase, TrainingSAE[TopAFATrainingSAEConfig]):
     """
     A sparse autoencoder with the top-AFA activation function, for SAELens's trainers.
 

@@ -1,4 +1,4 @@
-"""The name ``topafa`` in SAELens's registries."""
+"""The names of the architectures in SAELens's registries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from sae_lens.registry import (
 )
 
 import sae_afa_plugin
-from sae_afa_plugin import TopAFASAE, TopAFATrainingSAE
+from sae_afa_plugin import (
+    ConstantQualitySAE,
+    ConstantQualityTrainingSAE,
+    SparseTopAFASAE,
+    SparseTopAFATrainingSAE,
+    TopAFASAE,
+    TopAFATrainingSAE,
+)
 
 
 @pytest.fixture
@@ -29,6 +36,24 @@ def registries(monkeypatch):
 def test_importing_registers():
     assert get_sae_class("topafa")[0] is TopAFASAE
     assert get_sae_training_class("topafa")[0] is TopAFATrainingSAE
+
+
+def test_every_architecture_stands_for_its_classes():
+    for name, inference, training in (
+        ("sparse_topafa", SparseTopAFASAE, SparseTopAFATrainingSAE),
+        ("constant_quality", ConstantQualitySAE, ConstantQualityTrainingSAE),
+    ):
+        assert get_sae_class(name)[0] is inference
+        assert get_sae_training_class(name)[0] is training
+
+
+def test_one_foreign_name_does_not_keep_the_others_out(registries, monkeypatch):
+    inference, _ = registries
+    inference["topafa"] = (StandardSAE, StandardSAEConfig)
+    monkeypatch.delitem(inference, "sparse_topafa")
+    with pytest.warns(UserWarning, match="did not register the architecture 'topafa'"):
+        assert sae_afa_plugin.register() is False
+    assert inference["sparse_topafa"][0] is SparseTopAFASAE
 
 
 def test_registering_again_changes_nothing():
@@ -68,6 +93,7 @@ def test_without_registration_saelens_names_only_the_architecture(registries):
     TrainingSAEConfig.from_dict({"architecture": "topafa", "d_in": 8, "d_sae": 32})
 
 
-def test_the_entry_point_registers():
-    (point,) = entry_points(group="sae_lens.architectures", name="topafa")
+@pytest.mark.parametrize("name", ["topafa", "sparse_topafa", "constant_quality"])
+def test_the_entry_points_register(name):
+    (point,) = entry_points(group="sae_lens.architectures", name=name)
     assert point.load() is sae_afa_plugin.register
