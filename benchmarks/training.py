@@ -6,7 +6,8 @@ re-expressed from its description: the activation by argsort, gather, cumulative
 the Gram matrix of the dictionary in every step, decoder rows held by hand.
 
 The encoder of top-AFA is scaled so that it keeps about 64 features, as TopK and BatchTopK do, and
-the learning rate is next to zero, so that this stays so. (TopK's use_sparse_activations cannot
+the learning rate is next to zero, so that this stays so. Of sparse_topafa it is scaled until 64 are
+left where nothing has a price, of constant_quality the share is set so that it takes 64. (TopK's use_sparse_activations cannot
 train on the CPU: "Could not run 'aten::view' with arguments from the 'SparseCPU' backend".) Peaks
 of memory count everything from the SAE on: weights, gradients, Adam's state, activations. (Numba
 itself, loaded before, takes about 110 MB once in a process.)
@@ -68,8 +69,10 @@ def saelens_step(
     architecture: str, d_sae: int, batch: Tensor, compiled: bool = False, autocast: bool = False
 ) -> Callable[[], object]:
     trainer = new_trainer(architecture, d_sae, batch, LEARNING_RATE, autocast)
-    if architecture == "topafa":
+    if architecture in ("topafa", "sparse_topafa"):
         keep_about(K, trainer.sae, batch)
+    elif architecture == "constant_quality":
+        explain_with(K, trainer.sae, batch)
     if compiled:
         trainer.sae.training_forward_pass = torch.compile(trainer.sae.training_forward_pass)
     return lambda: trainer.step(batch)
@@ -80,7 +83,9 @@ def new_trainer(
 ) -> SAETrainer[Any, Any]:
     device = str(batch.device)
     sizes = {"d_in": batch.shape[1], "d_sae": d_sae, "device": device}
-    options: dict[str, Any] = {} if architecture == "topafa" else {"k": K}
+    options: dict[str, Any] = {"k": K} if architecture in ("topk", "batchtopk") else {}
+    if architecture == "sparse_topafa":
+        options = {"price": 0}
     cfg = TrainingSAEConfig.from_dict({"architecture": architecture, **sizes, **options})
     sae = get_sae_training_class(architecture)[0](cfg)
     return SAETrainer(
@@ -124,6 +129,18 @@ def keep_about(k: int, sae: Any, batch: Tensor) -> None:
             low, high = (middle, high) if l0 > k else (low, middle)
 
 
+def explain_with(k: int, sae: Any, batch: Tensor) -> None:
+    sae.W_enc.data = sae.W_dec.data.T / 2  # so that each of the largest explains something
+    low, high = 0.0, 1.0
+    for _ in range(12):
+        sae.cfg.explained = (low + high) / 2
+        with torch.no_grad():
+            feature_acts = sae.encode(batch[:128])
+            sae.decode(feature_acts)
+        l0 = (feature_acts != 0).sum(-1).float().mean()
+        low, high = (sae.cfg.explained, high) if l0 < k else (low, sae.cfg.explained)
+
+
 def published_step(d_sae: int, batch: Tensor) -> Callable[[], object]:
     model = PublishedStep(d_sae, str(batch.device))
     return lambda: model.step(batch)
@@ -134,6 +151,8 @@ STEPS: dict[str, Callable[[int, Tensor], Callable[[], object]]] = {
     "topafa": lambda d, x: saelens_step("topafa", d, x),
     "topk": lambda d, x: saelens_step("topk", d, x),
     "batchtopk": lambda d, x: saelens_step("batchtopk", d, x),
+    "sparse_topafa": lambda d, x: saelens_step("sparse_topafa", d, x),
+    "constant_quality": lambda d, x: saelens_step("constant_quality", d, x),
     "topafa, compiled": lambda d, x: saelens_step("topafa", d, x, compiled=True),
     "topafa, autocast": lambda d, x: saelens_step("topafa", d, x, autocast=True),
     "topk, autocast": lambda d, x: saelens_step("topk", d, x, autocast=True),

@@ -44,8 +44,9 @@ class _ConstantQuality(TopAFABase):
     def choose(self, hidden_pre: Tensor, sae_in: Tensor, decoder_norm: Tensor) -> Tensor:
         """Keep the largest features until they explain the share (:func:`keep_until_explained`)."""
         y, W_dec = sae_in.detach(), self.W_dec.detach()
+        max_k = self.cfg.max_k or self.cfg.d_in  # that many directions can say anything
         return keep_until_explained(
-            hidden_pre, y, W_dec, self.cfg.explained, decoder_norm, max_k=self.cfg.max_k
+            hidden_pre, y, W_dec, self.cfg.explained, decoder_norm, max_k=max_k
         )
 
 
@@ -59,7 +60,7 @@ class ConstantQualitySAEConfig(TopAFASAEConfig):
 
     Args:
         explained (float): The share of ``||z - b_dec||^2`` that the kept features explain.
-        max_k (int | None): No more features than that are kept.
+        max_k (int | None): No more features than that are kept. None: d_in.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
             Inherited from SAEConfig.
         d_sae (int): SAE latent dimension (number of features in the SAE).
@@ -115,7 +116,7 @@ class ConstantQualityTrainingSAEConfig(TopAFATrainingSAEConfig):
     Args:
         explained (float): The share of ``||z - b_dec||^2`` that the kept features explain. It means
             the same in every layer and model; with too large a share all features are needed.
-        max_k (int | None): No more features than that are kept.
+        max_k (int | None): No more features than that are kept. None: d_in.
         afa_coefficient (float): Weight of the AFA loss of topafa, which this architecture does
             without.
         afa_warm_up_steps (int): Number of steps over which afa_coefficient grows from 0.

@@ -101,7 +101,7 @@ def by_definition(sae, z):
     for row, (a, y) in enumerate(zip(acts, centered, strict=True)):
         if isinstance(sae, ConstantQualitySAE | ConstantQualityTrainingSAE):
             kept, _ = explained_exactly(
-                a.tolist(), y.tolist(), W_dec, sae.cfg.explained, sae.cfg.max_k
+                a.tolist(), y.tolist(), W_dec, sae.cfg.explained, sae.cfg.max_k or 16
             )
         else:
             proposed = kept_exactly((a * norms).tolist(), y.norm().item())
