@@ -12,12 +12,13 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from sae_lens.saes.sae import TrainStepInput, TrainStepOutput
+from sae_lens.saes.sae import TrainStepInput
 from torch import Tensor
 from typing_extensions import override
 
 from sae_afa_plugin import limits
 from sae_afa_plugin.rules.residual import keep_until_explained
+from sae_afa_plugin.saes.finite import mean_over_kept
 from sae_afa_plugin.saes.topafa import (
     TopAFABase,
     TopAFASAE,
@@ -204,11 +205,15 @@ class ConstantQualityTrainingSAE(_ConstantQuality, TopAFATrainingSAE):
         return True
 
     @override
-    def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
-        """One forward pass with its losses."""
-        output = super().training_forward_pass(step_input)
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """As for topafa. L0 is watched here, where it is known which tokens take part."""
         with torch.no_grad():
-            n_tokens = output.feature_acts.numel() // self.cfg.d_sae
-            l0 = output.feature_acts.count_nonzero() / n_tokens
+            l0 = mean_over_kept(feature_acts.count_nonzero(dim=-1), step_input.sae_in)
             self.running_l0.lerp_(l0.to(self.running_l0.dtype), _RATE)
-        return output
+        return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)

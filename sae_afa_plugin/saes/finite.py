@@ -26,6 +26,23 @@ def finite_rows(x: Tensor) -> Tensor:
     return norm_along_last(x.detach()).isfinite()  # one pass, in float32 at least
 
 
+def mean_over_kept(values: Tensor, z: Tensor) -> Tensor:
+    """The mean over tokens that take part in a training step; those left out have z = 0.
+
+    Args:
+        values: One for each token ``[...]``.
+        z: The normalised inputs ``[..., d_in]``.
+
+    Example:
+        >>> z = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]])
+        >>> mean_over_kept(torch.tensor([4, 100, 6]), z)
+        tensor(5.)
+    """
+    kept = z.any(dim=-1)
+    exact = torch.promote_types(values.dtype, torch.float32)
+    return torch.where(kept, values, 0).sum(dtype=exact) / kept.sum().clamp(min=1)
+
+
 def nothing_finite() -> ValueError:
     """That a batch has no token to train on."""
     return ValueError(

@@ -22,6 +22,7 @@ from typing_extensions import override
 from sae_afa_plugin import limits
 from sae_afa_plugin.rules.operator import keep_prefix
 from sae_afa_plugin.rules.residual import leave_one_out
+from sae_afa_plugin.saes.finite import mean_over_kept
 from sae_afa_plugin.saes.topafa import (
     TopAFABase,
     TopAFASAE,
@@ -32,7 +33,8 @@ from sae_afa_plugin.saes.topafa import (
 
 ARCHITECTURE = "sparse_topafa"
 
-_RATE = 0.01  # of the running mean of the residual: about the last 100 steps
+_RATE = 0.01  # of running means: about the last 100 steps
+_LEAST_NOISE = 0.07  # of the energy; less than that is left by better features, not by less noise
 _GAIN = 0.05  # of the controller: how much of a deviation of log L0 goes into the log of the price
 
 
@@ -149,8 +151,8 @@ class SparseTopAFATrainingSAEConfig(TopAFATrainingSAEConfig):
     Nothing has to be set: neither a number of features nor a coefficient of sparsity.
 
     Args:
-        price (float): What a feature has to be worth, in units of 2 ln(d_sae) times the mean squared
-            residual per dimension. Larger means fewer features.
+        price (float): What a feature has to be worth, in units of 2 ln(d_sae) times the noise per
+            dimension (see SparseTopAFATrainingSAE). Larger means fewer features.
         price_warm_up_steps (int): Number of steps over which price grows from 0.
         target_l0 (float | None): The mean number of active features to steer to, by raising or
             lowering the price during training. None: price says it.
@@ -180,7 +182,7 @@ class SparseTopAFATrainingSAEConfig(TopAFATrainingSAEConfig):
             Inherited from SAEConfig.
     """
 
-    price: float = 0.3
+    price: float = 0.35
     price_warm_up_steps: int = 0
     target_l0: float | None = None
     min_k: int = 0
@@ -206,13 +208,14 @@ class SparseTopAFATrainingSAE(_SparseTopAFA, TopAFATrainingSAE):
     A sparse autoencoder whose features have to be worth their price, for SAELens's trainers.
 
     It is told no number of features. The loss is the reconstruction error alone (and the auxiliary
-    loss for dead features); what keeps it sparse is the rule::
+    loss for dead features); what keeps it sparse is the rule. Each feature has to save ::
 
-        price * 2 ln(d_sae) * mean over recent steps of ||residual||^2 / d_in
+        price * 2 ln(d_sae) * noise,  noise = max(||r||^2, 0.07 ||z - b_dec||^2) / d_in
 
-    is what each feature has to save of ``||residual||^2``. So it means the same for any scale of
-    the activations. The residual is that of the features that were kept. The rest, the unit rows
-    of the decoder among them, is as in TopAFATrainingSAE.
+    of ``||r||^2``, with r what the kept features leave over. Both squares are means over tokens and
+    recent steps, so the price is the same for all tokens of a step. Where features become better
+    and better, the noise is a share of the energy, or L0 would grow for as long as they do. The
+    rest, the unit rows of the decoder among them, is as in TopAFATrainingSAE.
 
     Example:
         >>> cfg = SparseTopAFATrainingSAEConfig(d_in=8, d_sae=32)
@@ -222,13 +225,14 @@ class SparseTopAFATrainingSAE(_SparseTopAFA, TopAFATrainingSAE):
     """
 
     cfg: SparseTopAFATrainingSAEConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    noise: Tensor
+    running_residual: Tensor
+    running_energy: Tensor
     price_factor: Tensor
 
     def __init__(self, cfg: SparseTopAFATrainingSAEConfig, use_error_term: bool = False):
         super().__init__(cfg, use_error_term)
-        self.register_buffer("noise", torch.zeros((), device=self.device))
-        self.register_buffer("price_factor", torch.ones((), device=self.device))
+        for name, start in (("running_residual", 0), ("running_energy", 0), ("price_factor", 1)):
+            self.register_buffer(name, torch.tensor(float(start), device=self.device))
 
     @override
     def get_coefficients(self) -> dict[str, float | TrainCoefficientConfig]:
@@ -240,20 +244,38 @@ class SparseTopAFATrainingSAE(_SparseTopAFA, TopAFATrainingSAE):
         """One forward pass with its losses, at the price that the last steps have made."""
         price = step_input.coefficients.get("price", self.cfg.price)
         with torch.no_grad():
-            self.price.copy_(price * 2 * math.log(self.cfg.d_sae) * self.noise * self.price_factor)
+            noise = self.running_residual.maximum(_LEAST_NOISE * self.running_energy)
+            self.price.copy_(price * self.price_factor * 2 * math.log(self.cfg.d_sae) * noise)
         output = super().training_forward_pass(step_input)
-        with torch.no_grad():
-            noise = output.losses["mse_loss"].detach() / self.cfg.d_in
-            self.noise.lerp_(noise.to(self.noise.dtype), _RATE)
-            if self.cfg.target_l0 is not None:
-                l0 = output.feature_acts.count_nonzero() * self.cfg.d_sae
-                off = (l0 / (output.feature_acts.numel() * self.cfg.target_l0)).log()
-                self.price_factor.mul_((_GAIN * off.clamp(-1, 1)).exp())
         output.metrics["price"] = self.price.clone()
         return output
+
+    @override
+    def calculate_aux_loss(
+        self,
+        step_input: TrainStepInput,
+        feature_acts: Tensor,
+        hidden_pre: Tensor,
+        sae_out: Tensor,
+    ) -> dict[str, Tensor]:
+        """As for topafa. What the next price is made of is measured here, where z is at hand."""
+        with torch.no_grad():
+            z = step_input.sae_in
+            for running, what in (
+                (self.running_residual, z - sae_out),
+                (self.running_energy, z - self.b_dec),
+            ):
+                now = mean_over_kept(what.square().mean(dim=-1), z)
+                running.lerp_(now.to(running.dtype), _RATE)
+            if self.cfg.target_l0 is not None:
+                l0 = mean_over_kept(feature_acts.count_nonzero(dim=-1), z)
+                off = (l0 / self.cfg.target_l0).log().clamp(-1, 1)
+                self.price_factor.mul_((_GAIN * off).exp())
+        return super().calculate_aux_loss(step_input, feature_acts, hidden_pre, sae_out)
 
     @override
     def process_state_dict_for_saving_inference(self, state_dict: dict[str, Any]) -> None:
         """As for topafa; of the price, the number alone is kept."""
         super().process_state_dict_for_saving_inference(state_dict)
-        del state_dict["noise"], state_dict["price_factor"]
+        for name in ("running_residual", "running_energy", "price_factor"):
+            del state_dict[name]

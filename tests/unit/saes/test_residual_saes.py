@@ -35,6 +35,7 @@ from sae_afa_plugin import (
     TopAFATrainingSAEConfig,
     top_afa,
 )
+from sae_afa_plugin.saes import sparse_topafa
 
 PRICE = 0.8
 CLASSES = {
@@ -59,7 +60,8 @@ def training_sae(architecture, seed=0, **fields):
         sae.b_enc += 0.1 * torch.randn_like(sae.b_enc)
         if architecture == "sparse_topafa":
             sae.price += PRICE
-            sae.noise += 0.1
+            sae.running_residual += 0.1
+            sae.running_energy += 0.9
     return sae
 
 
@@ -322,20 +324,22 @@ def test_the_error_term_leaves_a_model_as_it_is(architecture):
 # --- training ---
 
 
-def test_the_price_is_a_multiple_of_the_running_mean_of_the_residual():
+def test_the_price_is_a_multiple_of_the_noise(monkeypatch):
     sae = training_sae("sparse_topafa", normalize_activations="none", seed=3)
     torch.manual_seed(0)
-    noise = 0.1
-    for price in (0.0, 0.2, 0.5):
+    residual, energy = 0.1, 0.9
+    for price, least in ((0.0, 0.07), (0.2, 0.07), (0.5, 0.3), (0.2, 0.3)):
+        monkeypatch.setattr(sparse_topafa, "_LEAST_NOISE", least)  # below and above the residual
         x = torch.randn(30, 16)
         out = sae.training_forward_pass(step_input(x, price=price))
-        in_use = price * 2 * math.log(64) * noise
+        in_use = price * 2 * math.log(64) * max(residual, least * energy)
         assert sae.price.item() == pytest.approx(in_use, rel=1e-5)
         assert float(out.metrics["price"]) == pytest.approx(in_use, rel=1e-5)
         assert torch.equal(out.feature_acts, sae.encode(x))
-        residual = (out.sae_out - x).square().sum(-1).mean().item() / 16
-        noise += 0.01 * (residual - noise)
-        assert sae.noise.item() == pytest.approx(noise, rel=1e-5)
+        residual += 0.01 * ((out.sae_out - x).square().mean().item() - residual)
+        energy += 0.01 * ((x - sae.b_dec).square().mean().item() - energy)
+        assert sae.running_residual.item() == pytest.approx(residual, rel=1e-5)
+        assert sae.running_energy.item() == pytest.approx(energy, rel=1e-5)
 
 
 def test_the_price_is_a_schedule_of_saelens():
@@ -344,9 +348,11 @@ def test_the_price_is_a_schedule_of_saelens():
 
 
 def test_gradient_of_the_loss(architecture):
-    sae = training_sae(architecture, dtype="float64", normalize_activations="none", top_k_aux=2)
-    x = torch.randn(3, 16, dtype=torch.float64)
-    dead = torch.arange(64) < 5
+    sae = training_sae(
+        architecture, d_in=6, d_sae=20, dtype="float64", normalize_activations="none", top_k_aux=2
+    )
+    x = torch.randn(2, 6, dtype=torch.float64)
+    dead = torch.arange(20) < 5
     sae.W_dec.requires_grad_(False)  # its hook would change it
     before = {name: buffer.clone() for name, buffer in sae.named_buffers()}
 
@@ -400,7 +406,8 @@ def test_autocast(architecture):
 
 
 def test_tokens_that_are_not_finite_are_left_out(architecture):
-    sae, other = (training_sae(architecture) for _ in range(2))
+    fields = {"target_l0": 5.0} if architecture == "sparse_topafa" else {}
+    sae, other = (training_sae(architecture, **fields) for _ in range(2))
     x = torch.randn(20, 16)
     with pytest.warns(UserWarning, match="2 tokens of the training of"):
         sae.training_forward_pass(
@@ -409,6 +416,9 @@ def test_tokens_that_are_not_finite_are_left_out(architecture):
     other.training_forward_pass(step_input(x)).loss.backward()
     torch.testing.assert_close(sae.W_enc.grad, other.W_enc.grad)
     torch.testing.assert_close(sae.W_dec.grad, other.W_dec.grad)
+    for name, buffer in other.named_buffers():
+        if "left_out" not in name:
+            torch.testing.assert_close(sae.get_buffer(name), buffer)
 
 
 def test_building_warns_about_nothing(architecture):
