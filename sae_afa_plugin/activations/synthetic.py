@@ -133,6 +133,7 @@ class SyntheticActivations(Activations):
         n_tokens: Samples.
         seed: Of the samples. Those for training and those held out are two seeds.
         hook_name: What the one hook is called.
+        noise: Standard deviation of Gaussian noise in each dimension, which no feature explains.
 
     Raises:
         ValueError: If an argument is out of range, a folder holds no model that can be read, or
@@ -154,18 +155,21 @@ class SyntheticActivations(Activations):
         n_tokens: int,
         seed: int = 0,
         hook_name: str = "synthetic",
+        noise: float = 0.0,
     ):
-        asked = SimpleNamespace(n_tokens=n_tokens, seed=seed, hook_name=hook_name)
+        asked = SimpleNamespace(n_tokens=n_tokens, seed=seed, hook_name=hook_name, noise=noise)
+        limits.real(asked, "noise")
         limits.whole(asked, "n_tokens", at_least=1)
         limits.whole(asked, "seed")
         limits.text(asked, "hook_name")
         self.hook_name, self._n_tokens, self._seed = asked.hook_name, asked.n_tokens, asked.seed
+        self._noise = asked.noise
         if isinstance(model, SyntheticModelConfig):
             model = built_model(model)
         elif isinstance(model, str | Path):
             model = _saved_model(user_path(model))
         _check(model)
-        self._model = model
+        self._model, self._width = model, model.cfg.hidden_dim
         h = model.cfg.num_features
         self._block_samples = max(1, min(_LARGEST_BLOCK, _ELEMENTS // h))
         self._block = lru_cache(maxsize=_KEPT // self._block_samples + 1)(self._drawn)
@@ -179,6 +183,7 @@ class SyntheticActivations(Activations):
             "synthetic_content": _content(model),
             # nothing is stored: another version may draw other samples from the same seed
             "drawn_by": _drawn_by(),
+            **({"noise": self._noise} if self._noise else {}),
         }
 
     @property
@@ -207,7 +212,7 @@ class SyntheticActivations(Activations):
 
     @override
     def shapes(self, hooks: Sequence[str]) -> dict[str, torch.Size]:
-        shape = torch.Size([self._model.cfg.hidden_dim])
+        shape = torch.Size([self._width])
         return {hook: shape for hook in hooks if hook == self.hook_name}
 
     @override
@@ -244,8 +249,9 @@ class SyntheticActivations(Activations):
         """Activations and true features (sparse) of one block, always a whole one."""
         with _random_state(self._seed, number):
             features = self._model.activation_generator.sample(self._block_samples)
+            noise = self._noise and self._noise * torch.randn(len(features), self._width)
         features = features.to_sparse().coalesce()
-        return self._model.feature_dict(features), features
+        return self._model.feature_dict(features) + noise, features
 
 
 @contextmanager

@@ -61,15 +61,18 @@ class Synthetic:
         n_tokens: Samples to train on; None: as many as the steps take.
         heldout_tokens: Samples to evaluate on.
         seed: Of the samples for training; those held out have the next one.
+        noise: Standard deviation of Gaussian noise in each dimension.
     """
 
     world: str = "small"
     n_tokens: int | None = None
     heldout_tokens: int = 20_000
     seed: int = 0
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         limits.text(self, "world")
+        limits.real(self, "noise")
         limits.whole(self, "n_tokens", at_least=1, none=True)
         limits.whole(self, "heldout_tokens", at_least=1)
         limits.whole(self, "seed")

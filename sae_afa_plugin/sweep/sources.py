@@ -51,8 +51,12 @@ def sources_of_sweep(sweep: Sweep, device: str, progress: bool = True) -> Source
         given = sweep.synthetic
         config = WORLDS.get(given.world)
         world = given.world if config is None else built_model(config)
-        training = SyntheticActivations(world, given.n_tokens or wanted, given.seed)
-        heldout = SyntheticActivations(world, given.heldout_tokens, given.seed + 1)
+        training = SyntheticActivations(
+            world, given.n_tokens or wanted, given.seed, noise=given.noise
+        )
+        heldout = SyntheticActivations(
+            world, given.heldout_tokens, given.seed + 1, noise=given.noise
+        )
         return Sources(training, heldout, {})
     if sweep.training.recording is not None and sweep.heldout.recording is not None:
         training = RecordedActivations(sweep.training.recording)

@@ -74,6 +74,22 @@ def test_any_range_gives_the_same_bits(world, ends, features_first):
     assert torch.equal(source.features(start, stop), features[start:stop])
 
 
+def test_noise_is_added_to_the_same_samples():
+    plain, noisy = (SyntheticActivations(SMALL_WORLD, N, seed=5, noise=s) for s in (0.0, 0.3))
+    assert torch.equal(plain.features(0, N), noisy.features(0, N))
+    noise = x_of(noisy) - x_of(plain)
+    assert noise.std().item() == pytest.approx(0.3, rel=0.01)
+    assert noise.mean().abs() < 0.005
+    # independent of the sample, of the dimension and of the block
+    assert torch.corrcoef(noise.T).fill_diagonal_(0).abs().max() < 0.12
+    assert (noise[:1024] * noise[1024:2048]).mean().abs() < 0.005
+    assert torch.equal(x_of(noisy, 1500, 1600), x_of(noisy)[1500:1600])
+    assert "noise" not in plain.settings  # as before there was any
+    assert noisy.settings["noise"] == 0.3
+    with pytest.raises(ValueError, match="noise must not be negative: got -1"):
+        SyntheticActivations(SMALL_WORLD, N, noise=-1)
+
+
 def test_blocks_that_were_forgotten_are_drawn_again(monkeypatch):
     monkeypatch.setattr("sae_afa_plugin.activations.synthetic._LARGEST_BLOCK", 16)
     monkeypatch.setattr("sae_afa_plugin.activations.synthetic._KEPT", 16)
