@@ -139,8 +139,9 @@ def _fill_with_nan(out_ptr, row, d_sae, TILE: tl.constexpr):
 
 
 @triton.jit
-def _is_finite(values):
-    return tl.max(values.to(tl.int32, bitcast=True) & _BITS, 0) < _INFINITE
+def _has_infinite(values):
+    """Whether one is NaN or infinite."""
+    return tl.max(values.to(tl.int32, bitcast=True) & _BITS, 0) >= _INFINITE
 
 
 @triton.jit
@@ -155,8 +156,8 @@ def leave_one_out_row(
     residual = residual.to(tl.float32)
     n = tl.load(counts_ptr + row)
     price = tl.load(prices_ptr + row)
-    price_is_finite = tl.abs(price) < float("inf")  # not of NaN
-    if (n < 0) | (not _is_finite(residual)) | (not price_is_finite):
+    no_price = (price.to(tl.int32, bitcast=True) & _BITS) >= _INFINITE
+    if (n < 0) | _has_infinite(residual) | no_price:
         _fill_with_nan(out_ptr, row, d_sae, TILE)
     else:
         for rank in range(n):
@@ -190,7 +191,7 @@ def until_explained_row(
     residual = tl.load(in_ptr + row * d_in + columns, mask=columns < d_in, other=0.0)
     residual = residual.to(tl.float32)
     n = tl.load(counts_ptr + row)
-    if (n < 0) | (not _is_finite(residual)):
+    if (n < 0) | _has_infinite(residual):
         _fill_with_nan(out_ptr, row, d_sae, TILE)
     else:
         least = tl.sum(residual * residual, 0)

@@ -182,7 +182,7 @@ class SparseTopAFATrainingSAEConfig(TopAFATrainingSAEConfig):
             Inherited from SAEConfig.
     """
 
-    price: float = 0.35
+    price: float = 0.3
     price_warm_up_steps: int = 0
     target_l0: float | None = None
     min_k: int = 0

@@ -106,7 +106,7 @@ class Member:
 
 def _sparsity_options(architecture: str) -> set[str]:
     """Options whose values lie along a frontier."""
-    words = ("coefficient", "threshold")
+    words = ("coefficient", "threshold", "price", "explained")
     found = {name for name in fields_of(architecture) if name.endswith(words)}
     return {*found, *filter(None, [l0_option(architecture)])} - {"aux_loss_coefficient"}
 
