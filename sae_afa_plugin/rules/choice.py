@@ -26,6 +26,19 @@ def register_choice(op: CustomOpDef) -> None:
     op.register_autograd(_backward, setup_context=_setup_context)
 
 
+def vmap_as_a_loop(op: CustomOpDef) -> None:
+    """Let ``torch.func.vmap`` call an operator once for each entry, which newer PyTorch asks for."""
+
+    def loop(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
+        entries = [
+            [arg] * info.batch_size if dim is None else arg.unbind(dim)
+            for arg, dim in zip(args, in_dims, strict=True)
+        ]
+        return torch.stack([op(*each) for each in zip(*entries, strict=True)]), 0
+
+    op.register_vmap(loop)
+
+
 def _setup_context(ctx, inputs, output) -> None:  # pyright: ignore
     # A kept feature is never zero, so the output itself is the mask: nothing else is stored.
     ctx.save_for_backward(output)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sae_afa_plugin.rules import residual_numba, residual_torch
-from sae_afa_plugin.rules.choice import differentiable, register_choice
+from sae_afa_plugin.rules.choice import differentiable, register_choice, vmap_as_a_loop
 
 
 def leave_one_out(
@@ -214,3 +214,4 @@ def _keep_until_explained_op(
 
 for _op in (_leave_one_out_op, _keep_until_explained_op):
     register_choice(_op)
+    vmap_as_a_loop(_op)

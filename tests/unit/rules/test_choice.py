@@ -56,6 +56,9 @@ def test_torch_func(rule):
     acts, sae_in, W_dec = _random(5)
     expected = rule(acts, sae_in, W_dec)
     assert torch.equal(torch.func.vmap(lambda a, x: rule(a, x, W_dec))(acts, sae_in), expected)
+    decoders = torch.stack([W_dec, W_dec.flip(0)], dim=1)  # entries may have their own
+    found = torch.func.vmap(lambda W: rule(acts, sae_in, W), 1)(decoders)
+    assert torch.equal(found, torch.stack([expected, rule(acts, sae_in, W_dec.flip(0))]))
     tangent = torch.randn_like(acts)
     _, moved = torch.func.jvp(lambda a: rule(a, sae_in, W_dec), (acts,), (tangent,))
     assert torch.equal(moved, torch.where(expected != 0, tangent, 0))
