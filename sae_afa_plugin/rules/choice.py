@@ -16,6 +16,19 @@ from torch.library import CustomOpDef  # pyright: ignore[reportPrivateImportUsag
 from sae_afa_plugin._upstream import is_transformed
 
 
+def check_tensors(acts: Tensor, **others: Tensor | None) -> None:
+    """Refuse arguments that are not floating point, or not where ``acts`` are."""
+    for name, tensor in {"acts": acts, **others}.items():
+        if tensor is None:
+            continue
+        if not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
+        if tensor.device != acts.device:
+            raise ValueError(
+                f"{name} must be on the device of acts ({acts.device}): got {tensor.device}"
+            )
+
+
 def register_choice(op: CustomOpDef) -> None:
     """Give an operator whose first argument is ``acts`` its shape and its gradient."""
 

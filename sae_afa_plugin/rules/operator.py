@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sae_afa_plugin.rules.choice import differentiable, register_choice
+from sae_afa_plugin.rules.choice import check_tensors, differentiable, register_choice
 
 
 def keep_prefix(
@@ -147,15 +147,7 @@ def _check(acts: Tensor, target_name: str, target: Tensor, decoder_norm: Tensor 
             f"decoder_norm must have shape {tuple(acts.shape[-1:])}, one entry for each "
             f"feature of acts: got {tuple(decoder_norm.shape)}"
         )
-    for name, tensor in (("acts", acts), (target_name, target), ("decoder_norm", decoder_norm)):
-        if tensor is None:
-            continue
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
-        if tensor.device != acts.device:
-            raise ValueError(
-                f"{name} must be on the device of acts ({acts.device}): got {tensor.device}"
-            )
+    check_tensors(acts, **{target_name: target}, decoder_norm=decoder_norm)
 
 
 # --- what runs behind it ---

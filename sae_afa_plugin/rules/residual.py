@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from sae_afa_plugin.rules import residual_numba, residual_torch
-from sae_afa_plugin.rules.choice import differentiable, register_choice, vmap_as_a_loop
+from sae_afa_plugin.rules.choice import (
+    check_tensors,
+    differentiable,
+    register_choice,
+    vmap_as_a_loop,
+)
 
 
 def leave_one_out(
@@ -167,16 +172,7 @@ def _check(acts: Tensor, sae_in: Tensor, W_dec: Tensor, decoder_norm: Tensor | N
             f"decoder_norm must have shape {expected[:1]}, one entry for each feature of acts: got "
             f"{tuple(decoder_norm.shape)}"
         )
-    named = {"acts": acts, "sae_in": sae_in, "W_dec": W_dec, "decoder_norm": decoder_norm}
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point: got {tensor.dtype}")
-        if tensor.device != acts.device:
-            raise ValueError(
-                f"{name} must be on the device of acts ({acts.device}): got {tensor.device}"
-            )
+    check_tensors(acts, sae_in=sae_in, W_dec=W_dec, decoder_norm=decoder_norm)
 
 
 # --- what runs behind it ---
