@@ -14,6 +14,7 @@ from sae_afa_plugin.metrics import AFATokenMetrics, dictionary_coherence, epsilo
 from sae_afa_plugin.results import AFAResults
 from sae_afa_plugin.rules.operator import keep_prefix, top_afa
 from sae_afa_plugin.rules.residual import keep_until_explained, leave_one_out
+from sae_afa_plugin.saes.as_jumprelu import as_jumprelu
 from sae_afa_plugin.saes.constant_quality import (
     ConstantQualitySAE,
     ConstantQualitySAEConfig,
@@ -66,6 +67,7 @@ __all__ = [
     "TopAFATrainingSAE",
     "TopAFATrainingSAEConfig",
     "afa_token_metrics",
+    "as_jumprelu",
     "dictionary_coherence",
     "epsilon_lbo",
     "evaluate_release",
