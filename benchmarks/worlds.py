@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import torch
 from measuring import machine, write
+from sae_lens import SAE
 from sae_lens.synthetic import (
     FoldedNormalMagnitudeConfig,
     HierarchyConfig,
@@ -24,6 +26,7 @@ from sae_lens.synthetic import (
     SyntheticModelConfig,
     ZipfianFiringProbabilityConfig,
 )
+from scipy.optimize import nnls
 
 from sae_afa_plugin import run_sweep
 from sae_afa_plugin.activations.synthetic import SyntheticActivations
@@ -144,7 +147,30 @@ def of_world(name: str, out: Path, seeds: int, steps: int) -> list[str]:
             who = "BatchTopK, " + min(told, key=lambda word: abs(told[word] - k))
         cells = [spread(group[column]) for column in COLUMNS]
         rows.append(f"| | {who} | " + " | ".join(cells) + " |")
+        if cfg.hierarchy is not None:
+            seen = [
+                true_features_of(folder / "sweep" / "saes" / sae, source) for sae in group.index
+            ]
+            counts = pd.concat(seen).value_counts(normalize=True).sort_index()
+            told_shares = ", ".join(f"{n}: {share:.0%}" for n, share in counts.items() if n < 6)
+            rows.append(f"| | of how many features one of its is the sum | {told_shares} | | | |")
     return rows
+
+
+def true_features_of(folder: Path, source: SyntheticActivations) -> pd.Series:
+    """Of how many true features each living feature is the sum.
+
+    Its direction is written as a sum of true ones with weights that are not negative; those count
+    that have at least .3 of the largest weight.
+    """
+    sae = SAE.load_from_disk(next(folder.rglob("cfg.json")).parent)
+    with torch.no_grad():
+        x = source.read(source.hook_names(), 0, 20_000)[source.hook_name]
+        alive = (sae.encode(x) > 0).float().mean(0) > 1e-3
+    true = torch.nn.functional.normalize(source.dictionary.feature_vectors.detach(), dim=-1)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach()[alive], dim=-1)
+    weights = [nnls(true.T.numpy(), direction.numpy())[0] for direction in directions]
+    return pd.Series([int((w > 0.3 * w.max()).sum()) for w in weights])
 
 
 def spread(values: pd.Series) -> str:
