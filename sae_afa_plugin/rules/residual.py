@@ -34,6 +34,8 @@ def leave_one_out(
     W_dec: Tensor,
     price: Tensor | float,
     decoder_norm: Tensor | None = None,
+    *,
+    leniency: Tensor | float = 0.0,
 ) -> Tensor:
     """Drop each feature that is worth less than a price.
 
@@ -43,6 +45,12 @@ def leave_one_out(
     ``acts_i ||d_i||``, the smallest first (equal scores: the higher index first), and are gone
     through twice: the first time, those that do harm are dropped (gain < 0), the second time those
     whose gain is below the price. r is kept up to date all the time.
+
+    In a dictionary that has just begun to learn, useful directions come with activations that are
+    far too large and do harm; if they are dropped, nothing teaches them. ``leniency`` times
+    ``<r, d_i>^2 / ||d_i||^2`` is added to the gain: with 1, a feature is worth what its direction
+    could explain of what the others leave over. If that is nothing, because
+    ``<r, d_i> <= -acts_i ||d_i||^2``, it is dropped at any leniency.
 
     What is on offer are the features with positive scores: all of them, or what another rule left
     (:func:`~sae_afa_plugin.rules.operator.top_afa`). Thresholds for gains that fall as 1/d are
@@ -58,6 +66,8 @@ def leave_one_out(
         W_dec: Decoder ``[d_sae, d_in]``.
         price: In the units of ``||sae_in||^2``: one for all rows, or one for each ``[...]``. A
             negative one counts as 0.
+        leniency: From 0 to 1, one for all rows or one for each ``[...]``: how far a feature is
+            judged by its direction alone.
         decoder_norm: Norms of the decoder's rows ``[d_sae]``, if they are at hand.
 
     Returns:
@@ -77,17 +87,22 @@ def leave_one_out(
         tensor([[2., 0., 1.]])
         >>> leave_one_out(acts, sae_in, W_dec, 0.02)
         tensor([[2.0000, 0.1000, 1.0000]])
+
+        An activation that is far too large does harm. Its direction is a good one.
+
+        >>> acts = torch.tensor([[0.0, 0.0, 3.0]])
+        >>> leave_one_out(acts, sae_in, W_dec, 0.05)
+        tensor([[0., 0., 0.]])
+        >>> leave_one_out(acts, sae_in, W_dec, 0.05, leniency=1.0)
+        tensor([[0., 0., 3.]])
     """
     _check(acts, sae_in, W_dec, decoder_norm)
-    price = torch.as_tensor(price, device=acts.device)
-    if price.shape not in (torch.Size(), acts.shape[:-1]):
-        raise ValueError(
-            f"price must be one number or have shape {tuple(acts.shape[:-1])}, one for each row of "
-            f"acts: got {tuple(price.shape)}"
-        )
     decoder_norm = _norms(W_dec) if decoder_norm is None else decoder_norm
-    price = price.expand(acts.shape[:-1])
-    return differentiable(_leave_one_out_op, acts, sae_in, W_dec, decoder_norm, price)
+    of_rows = [
+        _for_each_row(acts, name, value)
+        for name, value in (("price", price), ("leniency", leniency))
+    ]
+    return differentiable(_leave_one_out_op, acts, sae_in, W_dec, decoder_norm, *of_rows)
 
 
 def keep_until_explained(
@@ -149,6 +164,16 @@ def keep_until_explained(
     )
 
 
+def _for_each_row(acts: Tensor, name: str, value: Tensor | float) -> Tensor:
+    value = torch.as_tensor(value, device=acts.device)
+    if value.shape not in (torch.Size(), acts.shape[:-1]):
+        raise ValueError(
+            f"{name} must be one number or have shape {tuple(acts.shape[:-1])}, one for each row of "
+            f"acts: got {tuple(value.shape)}"
+        )
+    return value.expand(acts.shape[:-1])
+
+
 def _norms(W_dec: Tensor) -> Tensor:
     dtype = torch.promote_types(W_dec.dtype, torch.float32)
     return torch.linalg.vector_norm(W_dec.detach(), dim=-1, dtype=dtype)
@@ -195,9 +220,15 @@ def _implementation(acts: Tensor) -> ModuleType:
 
 @torch.library.custom_op("sae_afa_plugin::leave_one_out", mutates_args=())
 def _leave_one_out_op(
-    acts: Tensor, sae_in: Tensor, W_dec: Tensor, decoder_norm: Tensor, price: Tensor
+    acts: Tensor,
+    sae_in: Tensor,
+    W_dec: Tensor,
+    decoder_norm: Tensor,
+    price: Tensor,
+    leniency: Tensor,
 ) -> Tensor:
-    return _implementation(acts).leave_one_out(acts, sae_in, W_dec, decoder_norm, price)
+    run = _implementation(acts).leave_one_out
+    return run(acts, sae_in, W_dec, decoder_norm, price, leniency)
 
 
 @torch.library.custom_op("sae_afa_plugin::keep_until_explained", mutates_args=())

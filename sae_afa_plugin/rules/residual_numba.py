@@ -28,10 +28,15 @@ def supports(acts: Tensor) -> bool:
 
 
 def leave_one_out(
-    acts: Tensor, sae_in: Tensor, W_dec: Tensor, decoder_norm: Tensor, price: Tensor
+    acts: Tensor,
+    sae_in: Tensor,
+    W_dec: Tensor,
+    decoder_norm: Tensor,
+    price: Tensor,
+    leniency: Tensor,
 ) -> Tensor:
-    """The operator, its arguments of shapes that fit; ``price`` has one entry for each row."""
-    return _run(0, acts, sae_in, W_dec, decoder_norm, price.reshape(-1))
+    """The operator, its arguments of shapes that fit, the last two with an entry for each row."""
+    return _run(0, acts, sae_in, W_dec, decoder_norm, price.reshape(-1), leniency.reshape(-1))
 
 
 def keep_until_explained(
@@ -86,7 +91,9 @@ def _loops() -> list[Callable[..., None]] | None:
     matrix, vector = "f4[:,::1]", "f4[::1]"
     start = f"void({matrix}, {matrix}, {matrix}, {vector}"
     loops = [
-        compile_kernel(_leave_one_out_rows, f"{start}, {vector}, {matrix})", fastmath=_FASTER),
+        compile_kernel(
+            _leave_one_out_rows, f"{start}, {vector}, {vector}, {matrix})", fastmath=_FASTER
+        ),
         compile_kernel(_until_explained_rows, f"{start}, f8, i8, {matrix})", fastmath=_FASTER),
     ]
     return None if None in loops else loops  # pyright: ignore[reportReturnType]
@@ -96,7 +103,7 @@ def _loops() -> list[Callable[..., None]] | None:
 
 
 def _leave_one_out_rows(
-    acts: Any, inputs: Any, W_dec: Any, norms: Any, prices: Any, out: Any
+    acts: Any, inputs: Any, W_dec: Any, norms: Any, prices: Any, leniencies: Any, out: Any
 ) -> None:
     d_sae, d_in = W_dec.shape
     score = np.empty(d_sae, np.float32)
@@ -113,7 +120,7 @@ def _leave_one_out_rows(
         for i in range(d_sae):
             score[i] = a[i] * norms[i]
             largest = max(largest, score_bits[i] & np.int32(0x7FFFFFFF))
-        if largest >= _INFINITE or not np.isfinite(prices[row]):
+        if largest >= _INFINITE or not np.isfinite(prices[row] + leniencies[row]):
             result[:] = np.nan
             continue
         n = 0
@@ -138,8 +145,10 @@ def _leave_one_out_rows(
                 product = np.float32(0.0)
                 for column in range(d_in):
                     product += residual[column] * direction[column]
-                size = value * norms[i]
-                if np.float32(2.0) * value * product + size * size < price:
+                size, missing = value * norms[i], product / norms[i]
+                gain = np.float32(2.0) * value * product + size * size
+                gain += leniencies[row] * missing * missing
+                if gain < price or size + missing <= np.float32(0.0):
                     result[i] = np.float32(0.0)
                     for column in range(d_in):
                         residual[column] += value * direction[column]

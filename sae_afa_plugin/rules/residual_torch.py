@@ -16,12 +16,19 @@ _ELEMENTS = 1 << 22  # of activations at a time
 
 
 def leave_one_out(
-    acts: Tensor, sae_in: Tensor, W_dec: Tensor, decoder_norm: Tensor, price: Tensor
+    acts: Tensor,
+    sae_in: Tensor,
+    W_dec: Tensor,
+    decoder_norm: Tensor,
+    price: Tensor,
+    leniency: Tensor,
 ) -> Tensor:
-    """The operator, its arguments of shapes that fit; ``price`` has one entry for each row."""
+    """The operator, its arguments of shapes that fit, the last two with an entry for each row."""
     out = torch.zeros(acts.shape, dtype=acts.dtype, device=acts.device)
     for some in _ranked(acts, sae_in, W_dec, decoder_norm, out):
-        prices = price.reshape(-1)[some.rows].to(some.values.dtype)
+        prices, leniencies = (
+            each.reshape(-1)[some.rows].to(some.values.dtype) for each in (price, leniency)
+        )
         residual = some.sae_in.clone()
         for rank in range(some.width):
             residual -= some.values[:, rank, None] * some.directions(rank)
@@ -31,11 +38,12 @@ def leave_one_out(
                 value, direction = some.values[:, rank], some.directions(rank)
                 norm = some.norms[:, rank]
                 product = torch.linalg.vecdot(residual, direction)
-                gain = 2 * value * product + (value * norm).square()
-                drop = kept[:, rank] & (gain < least)
+                size, missing = value * norm, product / norm
+                gain = 2 * value * product + size.square() + leniencies * missing.square()
+                drop = kept[:, rank] & ((gain < least) | (size + missing <= 0))
                 residual += torch.where(drop, value, 0)[:, None] * direction
                 kept[:, rank] &= ~drop
-        some.finite &= prices.isfinite()
+        some.finite &= (prices + leniencies).isfinite()
         some.write(kept)
     return out
 

@@ -28,11 +28,16 @@ def supports(acts: Tensor) -> bool:
 
 
 def leave_one_out(
-    acts: Tensor, sae_in: Tensor, W_dec: Tensor, decoder_norm: Tensor, price: Tensor
+    acts: Tensor,
+    sae_in: Tensor,
+    W_dec: Tensor,
+    decoder_norm: Tensor,
+    price: Tensor,
+    leniency: Tensor,
 ) -> Tensor:
-    """The operator, its arguments of shapes that fit; ``price`` has one entry for each row."""
-    prices = price.reshape(-1).float().contiguous()
-    return _run(leave_one_out_row, acts, sae_in, W_dec, decoder_norm, prices)
+    """The operator, its arguments of shapes that fit, the last two with an entry for each row."""
+    of_rows = [each.reshape(-1).float().contiguous() for each in (price, leniency)]
+    return _run(leave_one_out_row, acts, sae_in, W_dec, decoder_norm, *of_rows)
 
 
 def keep_until_explained(
@@ -146,8 +151,8 @@ def _has_infinite(values):
 
 @triton.jit
 def leave_one_out_row(
-    acts_ptr, in_ptr, W_dec_ptr, norms_ptr, counts_ptr, features_ptr, prices_ptr, out_ptr,
-    d_sae, d_in, width, D: tl.constexpr, TILE: tl.constexpr,
+    acts_ptr, in_ptr, W_dec_ptr, norms_ptr, counts_ptr, features_ptr, prices_ptr,
+    leniencies_ptr, out_ptr, d_sae, d_in, width, D: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Leave-one-out for one row."""
     row = tl.program_id(0).to(tl.int64)
@@ -156,7 +161,8 @@ def leave_one_out_row(
     residual = residual.to(tl.float32)
     n = tl.load(counts_ptr + row)
     price = tl.load(prices_ptr + row)
-    no_price = (price.to(tl.int32, bitcast=True) & _BITS) >= _INFINITE
+    leniency = tl.load(leniencies_ptr + row)
+    no_price = ((price + leniency).to(tl.int32, bitcast=True) & _BITS) >= _INFINITE
     if (n < 0) | _has_infinite(residual) | no_price:
         _fill_with_nan(out_ptr, row, d_sae, TILE)
     else:
@@ -173,9 +179,11 @@ def leave_one_out_row(
                 feature, value, direction = _feature(
                     out_ptr, features_ptr, W_dec_ptr, row, n - 1 - back, columns, d_sae, d_in, width
                 )
-                size = value * tl.load(norms_ptr + feature).to(tl.float32)
-                gain = 2 * value * tl.sum(residual * direction, 0) + size * size
-                if (value > 0) & (gain < least):
+                norm = tl.load(norms_ptr + feature).to(tl.float32)
+                product = tl.sum(residual * direction, 0)
+                size, missing = value * norm, product / norm
+                gain = 2 * value * product + size * size + leniency * missing * missing
+                if (value > 0) & ((gain < least) | (size + missing <= 0)):
                     residual += value * direction
                     tl.store(out_ptr + row * d_sae + feature, 0.0)
 

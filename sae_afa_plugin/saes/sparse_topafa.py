@@ -39,6 +39,9 @@ _GAIN = 0.05  # of the controller: how much of a deviation of log L0 goes into t
 
 
 def _check_bounds(cfg: SparseTopAFASAEConfig | SparseTopAFATrainingSAEConfig) -> None:
+    limits.real(cfg, "leniency")
+    if cfg.leniency > 1:
+        raise ValueError(f"leniency is a number between 0 and 1: got {cfg.leniency}")
     limits.whole(cfg, "min_k")
     limits.whole(cfg, "max_k", at_least=1, none=True)
     if cfg.max_k is not None and cfg.min_k > cfg.max_k:
@@ -61,7 +64,9 @@ class _SparseTopAFA(TopAFABase):
         """Propose with :func:`top_afa`, then drop what is not worth the price."""
         proposed = super().choose(hidden_pre, sae_in, decoder_norm)
         y, W_dec = sae_in.detach(), self.W_dec.detach()
-        feature_acts = leave_one_out(proposed, y, W_dec, self.price, decoder_norm)
+        feature_acts = leave_one_out(
+            proposed, y, W_dec, self.price, decoder_norm, leniency=self.cfg.leniency
+        )
         if self.cfg.min_k:
             largest = self._largest(hidden_pre, self.cfg.min_k, decoder_norm)
             feature_acts = torch.where(largest != 0, largest, feature_acts)
@@ -90,6 +95,8 @@ class SparseTopAFASAEConfig(TopAFASAEConfig):
     Configuration class for SparseTopAFASAE inference.
 
     Args:
+        leniency (float): Between 0 and 1: how far a feature is judged by its direction alone
+            (see leave_one_out).
         min_k (int): The min_k largest features are kept whatever they are worth.
         max_k (int | None): No more than the max_k largest are kept.
         d_in (int): Input dimension (dimensionality of the activations being encoded).
@@ -107,6 +114,7 @@ class SparseTopAFASAEConfig(TopAFASAEConfig):
             Inherited from SAEConfig.
     """
 
+    leniency: float = 0.5
     min_k: int = 0
     max_k: int | None = None
 
@@ -156,6 +164,8 @@ class SparseTopAFATrainingSAEConfig(TopAFATrainingSAEConfig):
         price_warm_up_steps (int): Number of steps over which price grows from 0.
         target_l0 (float | None): The mean number of active features to steer to, by raising or
             lowering the price during training. None: price says it.
+        leniency (float): Between 0 and 1: how far a feature is judged by its direction alone
+            (see leave_one_out).
         min_k (int): The min_k largest features are kept whatever they are worth.
         max_k (int | None): No more than the max_k largest are kept.
         afa_coefficient (float): Weight of the AFA loss of topafa, which this architecture does
@@ -182,9 +192,10 @@ class SparseTopAFATrainingSAEConfig(TopAFATrainingSAEConfig):
             Inherited from SAEConfig.
     """
 
-    price: float = 0.3
+    price: float = 0.5
     price_warm_up_steps: int = 0
     target_l0: float | None = None
+    leniency: float = 0.5
     min_k: int = 0
     max_k: int | None = None
     afa_coefficient: float = 0.0
@@ -239,13 +250,17 @@ class SparseTopAFATrainingSAE(_SparseTopAFA, TopAFATrainingSAE):
         price = TrainCoefficientConfig(self.cfg.price, self.cfg.price_warm_up_steps)
         return {**super().get_coefficients(), "price": price}
 
+    def noise(self) -> Tensor:
+        """What no feature explains, per dimension, as the price sees it."""
+        return self.running_residual.maximum(_LEAST_NOISE * self.running_energy)
+
     @override
     def training_forward_pass(self, step_input: TrainStepInput) -> TrainStepOutput:
         """One forward pass with its losses, at the price that the last steps have made."""
         price = step_input.coefficients.get("price", self.cfg.price)
         with torch.no_grad():
-            noise = self.running_residual.maximum(_LEAST_NOISE * self.running_energy)
-            self.price.copy_(price * self.price_factor * 2 * math.log(self.cfg.d_sae) * noise)
+            unit = 2 * math.log(self.cfg.d_sae) * self.noise()
+            self.price.copy_(price * self.price_factor * unit)
         output = super().training_forward_pass(step_input)
         output.metrics["price"] = self.price.clone()
         return output

@@ -125,11 +125,17 @@ def _energy_without(
 
 
 def left_one_out_exactly(
-    acts: list[float], sae_in: list[float], W_dec: list[list[float]], price: float
+    acts: list[float],
+    sae_in: list[float],
+    W_dec: list[list[float]],
+    price: float,
+    leniency: float = 0.0,
 ) -> tuple[list[int], Fraction]:
     """What leave-one-out keeps of one row, and by how much its nearest decision was decided.
 
-    A gain is the difference of two energies, as the words of the definition have it.
+    A gain is the difference of two energies, as the words of the definition have it. To it comes
+    the share of what the residual has along the direction; where the activation that would leave
+    the least is not positive, the feature goes.
     """
     kept, nearest = _order(acts, W_dec), Fraction(10**9)
     for least in (Fraction(0), max(Fraction(price), Fraction(0))):
@@ -138,8 +144,16 @@ def left_one_out_exactly(
             gain = _energy_without(others, acts, sae_in, W_dec) - _energy_without(
                 kept, acts, sae_in, W_dec
             )
-            nearest = min(nearest, abs(gain - least))
-            if gain < least:
+            left = [
+                Fraction(y) - sum(Fraction(acts[j]) * Fraction(W_dec[j][c]) for j in others)
+                for c, y in enumerate(sae_in)
+            ]
+            direction = [Fraction(w) for w in W_dec[i]]
+            length = sum(w * w for w in direction)
+            best = sum(a * b for a, b in zip(left, direction, strict=True)) / length
+            gain += Fraction(leniency) * (best - Fraction(acts[i])) ** 2 * length
+            nearest = min(nearest, abs(gain - least), abs(best) if leniency else abs(gain - least))
+            if gain < least or best <= 0:
                 kept = others
     return sorted(kept), nearest
 

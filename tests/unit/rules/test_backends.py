@@ -74,7 +74,8 @@ from sae_afa_plugin.rules import triton_kernel as kernels
 KINDS = dict(
     norms="*fp32", target="*fp32", aside="*fp32", largest="*i32", pivots="*i32", sums="*fp64",
     cut="*i32", above="*fp64", n_equal="*i32", numbers="*i64", values="*fp64", before="*i64",
-    counts="*i32", features="*i32", scores="*fp32", prices="*fp32", unexplained="fp32",
+    counts="*i32", features="*i32", scores="*fp32", prices="*fp32", leniencies="*fp32",
+    unexplained="fp32",
 )
 
 def compiles(kernel, dtype, num_warps, **constants):

@@ -51,6 +51,22 @@ def test_a_feature_that_does_harm_is_dropped_at_any_price():
         assert leave_one_out(acts, sae_in, PLANE, price).tolist() == [[3, 0, 0, 0]]
 
 
+def test_leniency_judges_a_feature_by_its_direction():
+    # y = (3, 1). 7 along the first axis leaves (-4, 1): 17 for 10, a gain of -7; with 3 it would
+    # have explained 9. -1 along the second could explain nothing with any positive activation.
+    acts, sae_in = torch.tensor([[7.0, 0.0, 0.0, 0.0]]), torch.tensor([[3.0, 1.0]])
+    for leniency, price, kept in (
+        (0.0, 0.0, 0), (0.4, 0.0, 0), (0.5, 0.0, 7), (0.5, 1.1, 0), (1.0, 8.9, 7), (1.0, 9.1, 0),
+    ):  # fmt: skip
+        out = leave_one_out(acts, sae_in, PLANE, price, leniency=leniency)
+        assert out.tolist() == [[kept, 0, 0, 0]], (leniency, price)
+    assert not leave_one_out(acts, -sae_in, PLANE, 0.0, leniency=1.0).any()
+    rows = leave_one_out(
+        acts.repeat(2, 1), sae_in.repeat(2, 1), PLANE, 1.0, leniency=torch.tensor([0.0, 1.0])
+    )
+    assert rows[:, 0].tolist() == [0, 7]
+
+
 def test_the_residual_is_kept_up_to_date():
     # Two features on the same direction, each of which suffices. Against the residual of both
     # together the second would be dropped too.
@@ -159,14 +175,15 @@ def _kept(out: torch.Tensor) -> list[int]:
 @given(
     problem=problems(),
     price=st.integers(-8, 300).map(lambda n: n / 16),
+    leniency=st.sampled_from([0.0, 0.25, 1.0]),
     dtype=st.sampled_from(DTYPES),
 )
-def test_leave_one_out_is_its_definition(implementation, problem, price, dtype):
+def test_leave_one_out_is_its_definition(implementation, problem, price, leniency, dtype):
     acts, sae_in, W_dec = problem
-    kept, nearest = left_one_out_exactly(acts, sae_in, W_dec, price)
+    kept, nearest = left_one_out_exactly(acts, sae_in, W_dec, price, leniency)
     assume(nearest > _FAR_ENOUGH and order_is_clear(acts, W_dec))
     tensors = [torch.tensor(x, dtype=dtype) for x in ([acts], [sae_in], W_dec)]
-    out = leave_one_out(*tensors, price)
+    out = leave_one_out(*tensors, price, leniency=leniency)
     assert out.dtype == dtype
     assert _kept(out) == kept
     assert torch.equal(out, torch.where(out != 0, tensors[0], 0))

@@ -10,7 +10,7 @@ from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE, Traini
 
 from sae_afa_plugin import as_jumprelu
 
-RULES = {"topafa": {}, "sparse_topafa": {}, "constant_quality": {"explained": 0.6}}
+RULES = {"topafa": {}, "sparse_topafa": {"leniency": 0.0}, "constant_quality": {"explained": 0.6}}
 
 
 def sae_of(architecture, seed=0, **fields):

@@ -109,7 +109,9 @@ def by_definition(sae, z):
             proposed = kept_exactly((a * norms).tolist(), y.norm().item())
             offered = torch.zeros_like(a)
             offered[proposed] = a[proposed]
-            kept, _ = left_one_out_exactly(offered.tolist(), y.tolist(), W_dec, float(sae.price))
+            kept, _ = left_one_out_exactly(
+                offered.tolist(), y.tolist(), W_dec, float(sae.price), sae.cfg.leniency
+            )
             by_score = sorted(range(len(a)), key=lambda i: -float(a[i] * norms[i]))
             kept = {*kept, *(i for i in by_score[: sae.cfg.min_k] if a[i] > 0)}
             kept = [i for i in by_score if i in kept][: sae.cfg.max_k]
@@ -122,6 +124,8 @@ def by_definition(sae, z):
     ("architecture", "fields"),
     [
         ("sparse_topafa", {"max_k": None}),
+        ("sparse_topafa", {"leniency": 0.0}),
+        ("sparse_topafa", {"leniency": 1.0}),
         ("sparse_topafa", {"min_k": 2, "max_k": 4}),
         ("constant_quality", {"explained": 0.6}),
         ("constant_quality", {"explained": 0.9, "max_k": 11}),
@@ -197,7 +201,7 @@ def test_meta_device(architecture):
 def test_training_config_round_trip(architecture):
     own = {
         "sparse_topafa": {
-            "price": 0.7, "price_warm_up_steps": 3, "target_l0": 9.5, "min_k": 2, "max_k": 30,
+            "price": 0.7, "price_warm_up_steps": 3, "target_l0": 9.5, "leniency": 0.25, "min_k": 2, "max_k": 30,
         },
         "constant_quality": {"explained": 0.7, "max_k": 30},
     }[architecture]  # fmt: skip
@@ -208,6 +212,7 @@ def test_training_config_round_trip(architecture):
     inference = SAEConfig.from_dict(cfg.get_inference_sae_cfg_dict())
     assert type(inference) is type(inference_sae(architecture).cfg)
     assert inference.max_k == 30
+    assert getattr(inference, "leniency", None) == own.get("leniency")
     details = inference.metadata.training_architecture_details
     assert {**own, **details} == details | {k: v for k, v in own.items() if k not in details}
     assert SAEConfig.from_dict(inference.to_dict()) == inference
@@ -233,6 +238,8 @@ def test_by_name_nothing_has_to_be_set(architecture):
         ("sparse_topafa", {"target_l0": 0}, "target_l0 must be more than 0: got 0"),
         ("sparse_topafa", {"max_k": 0}, "max_k must be at least 1: got 0"),
         ("sparse_topafa", {"min_k": 1.5}, "min_k must be a whole number: got 1.5"),
+        ("sparse_topafa", {"leniency": 1.5}, "leniency is a number between 0 and 1: got 1.5"),
+        ("sparse_topafa", {"leniency": -0.5}, "leniency must not be negative: got -0.5"),
         (
             "sparse_topafa", {"min_k": 9, "max_k": 8},
             "min_k must be at most max_k: got min_k=9 and max_k=8",
