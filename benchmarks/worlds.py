@@ -1,8 +1,7 @@
 """sparse_topafa, told nothing, beside BatchTopK told the number: python benchmarks/worlds.py
 
-Seven synthetic worlds that were not looked at when the defaults were chosen (those were `small`,
-`hierarchy`, and variants of `small`: sparser, denser, with noise). They differ in size, in how many
-features are on, in hierarchy, correlation, magnitudes and noise. Each is a sweep of its own, on
+Seven synthetic worlds. They differ in size, in how many features are on, in hierarchy, correlation,
+magnitudes and noise; docs/results.md says which were looked at when defaults were chosen. Each is a sweep of its own, on
 samples of SAELens's synthetic models; the scores are SAELens's. Interrupted and started again, it
 goes on. On one thread a world takes about five minutes with three seeds.
 """
