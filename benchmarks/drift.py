@@ -2,7 +2,7 @@
 
 The paper's settings at a batch of 1,024 (Adam 3e-4, betas (0.9, 0.99), coefficient 1/32), and each
 of the suspects changed alone: SAELens's clipping of the gradient, beta2, beta1, the learning rate,
-the losses. About two minutes on one thread for each.
+the losses. About two minutes on one thread for each; interrupted and started again, it goes on.
 """
 
 from __future__ import annotations
@@ -12,80 +12,50 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
 from measuring import machine, write
-from sae_lens import LoggingConfig, SAETrainer
+from sae_lens import LoggingConfig
 from sae_lens.config import SAETrainerConfig
 from torch import Tensor, nn
 
-from sae_afa_plugin import TopAFATrainingSAE, TopAFATrainingSAEConfig
+from sae_afa_plugin import SAETraining, TopAFATrainingSAEConfig, train_saes
 from sae_afa_plugin.sweep.reader import load_sweep
 from sae_afa_plugin.sweep.sources import sources_of_sweep
+from sae_afa_plugin.training.log import read_logs
 
 BATCH = 1024
+NO_CLIPPING = "no clipping"
 _clip = nn.utils.clip_grad_norm_
 
-# what differs in the trainer, in the SAE, and the norm at which gradients are clipped
-VARIANTS: dict[str, tuple[dict[str, float], dict[str, float], float]] = {
-    "the paper's settings": ({}, {}, 1.0),
-    "no clipping": ({}, {}, float("inf")),
-    "beta2 .999": ({"adam_beta2": 0.999}, {}, 1.0),
-    "beta1 0": ({"adam_beta1": 0.0}, {}, 1.0),
-    "learning rate 1e-4": ({"lr": 1e-4}, {}, 1.0),
-    "no AFA loss": ({}, {"afa_coefficient": 0.0}, 1.0),
-    "no auxiliary loss": ({}, {"aux_loss_coefficient": 0.0}, 1.0),
-    "AFA loss eight times": ({}, {"afa_coefficient": 1 / 4}, 1.0),
+# what differs in the trainer, and in the SAE
+VARIANTS: dict[str, tuple[dict[str, float], dict[str, float]]] = {
+    "the paper's settings": ({}, {}),
+    NO_CLIPPING: ({}, {}),
+    "beta2 .999": ({"adam_beta2": 0.999}, {}),
+    "beta1 0": ({"adam_beta1": 0.0}, {}),
+    "learning rate 1e-4": ({"lr": 1e-4}, {}),
+    "no AFA loss": ({}, {"afa_coefficient": 0.0}),
+    "no auxiliary loss": ({}, {"aux_loss_coefficient": 0.0}),
+    "AFA loss eight times": ({}, {"afa_coefficient": 1 / 4}),
 }
 
 
-def trained(name: str, x: Tensor, steps: int, every: int) -> list[str]:
-    """Cells of the table: L0, the smallest L0 of a token and NMSE, every so many steps."""
-    trainer_fields, sae_fields, limit = VARIANTS[name]
-    torch.manual_seed(42)
-    cfg = TopAFATrainingSAEConfig(
-        **{"d_in": x.shape[1], "d_sae": 2304, "afa_coefficient": 1 / 32, **sae_fields}  # pyright: ignore
-    )
-    settings = {"lr": 3e-4, "adam_beta1": 0.9, "adam_beta2": 0.99, **trainer_fields}
-    trainer = SAETrainer(
+def training(name: str, hook: str, d_in: int, steps: int, every: int) -> SAETraining:
+    of_trainer, of_sae = VARIANTS[name]
+    return SAETraining(
+        TopAFATrainingSAEConfig(d_in=d_in, d_sae=2304, **of_sae),  # pyright: ignore
+        hook,
         SAETrainerConfig(
-            n_checkpoints=0,
-            checkpoint_path=None,
-            save_final_checkpoint=False,
             total_training_samples=steps * BATCH,
-            device="cpu",
-            autocast=False,
-            lr_end=settings["lr"],
-            lr_scheduler_name="constant",
-            lr_warm_up_steps=0,
-            lr_decay_steps=0,
-            n_restart_cycles=1,
             train_batch_size_samples=BATCH,
             dead_feature_window=100,
-            feature_sampling_window=10**9,
-            logger=LoggingConfig(log_to_wandb=False),
-            **settings,
+            logger=LoggingConfig(log_to_wandb=False, wandb_log_frequency=every),
+            **{"lr": 3e-4, "adam_beta2": 0.99, **of_trainer},  # pyright: ignore
         ),
-        TopAFATrainingSAE(cfg),
-        iter([]),
     )
-    cells: list[str] = []
 
-    def clip(parameters: object, max_norm: float) -> Tensor:
-        return _clip(parameters, limit)  # pyright: ignore
 
-    with patch.object(nn.utils, "clip_grad_norm_", clip):
-        for step in range(1, steps + 1):
-            trainer.sae.train()
-            start = (step - 1) * BATCH % (len(x) - BATCH + 1)
-            output = trainer.step(x[start : start + BATCH].float())
-            trainer.n_training_steps += 1
-            if step % every == 0:
-                l0, least, nmse = (
-                    float(output.metrics[key]())  # pyright: ignore
-                    for key in ("mean_l0", "min_l0", "nmse")
-                )
-                cells.append(f"{l0:.0f} ({least:.0f}), {nmse:.3f}")
-    return cells
+def not_clipped(parameters: object, max_norm: float) -> Tensor:
+    return _clip(parameters, float("inf"))  # pyright: ignore
 
 
 def main() -> None:
@@ -99,23 +69,31 @@ def main() -> None:
     sweep = load_sweep("smollm2.yaml")
     source = sources_of_sweep(sweep, "cpu").training
     (hook,) = sweep.hooks
-    n = min(args.steps * BATCH, source.n_tokens)
-    x = torch.cat(
-        [source.read([hook], i, min(i + 8192, n))[hook].half() for i in range(0, n, 8192)]
-    )
-    x = x[torch.randperm(n, generator=torch.Generator().manual_seed(0))]
+    d_in = source.read([hook], 0, 1)[hook].shape[-1]
     every = max(1, args.steps // 4)
+    trainings = {name: training(name, hook, d_in, args.steps, every) for name in args.only}
+    clipped = {name: each for name, each in trainings.items() if name != NO_CLIPPING}
+    train_saes(clipped, source, args.out)
+    if NO_CLIPPING in trainings:
+        with patch.object(nn.utils, "clip_grad_norm_", not_clipped):
+            train_saes({NO_CLIPPING: trainings[NO_CLIPPING]}, source, args.out)
     steps = range(every, args.steps + 1, every)
     lines = [
-        f"SmolLM2-135M, {hook}, {n:,} tokens, {time.strftime('%Y-%m-%d')}, {machine()}.",
+        f"SmolLM2-135M, {hook}, {source.n_tokens:,} tokens, {time.strftime('%Y-%m-%d')}, "
+        f"{machine()}.",
         "L0 (that of the token with fewest), NMSE of the batch.",
         "",
         "| | " + " | ".join(f"step {step}" for step in steps) + " |",
         "|---" * (1 + len(steps)) + "|",
     ]
     for name in args.only:
-        lines.append(f"| {name} | " + " | ".join(trained(name, x, args.steps, every)) + " |")
-        write(args.out / "drift.md", lines)
+        log = read_logs([args.out / name]).set_index("step")
+        cells = [
+            f"{row['metrics/mean_l0']:.0f} ({row['metrics/min_l0']:.0f}), {row['metrics/nmse']:.3f}"
+            for _, row in log.loc[log.index.isin(steps)].iterrows()
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    write(args.out / "drift.md", lines)
 
 
 if __name__ == "__main__":

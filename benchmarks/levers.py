@@ -271,7 +271,7 @@ class Lever:
     rule: tuple[type, ...] = ()
     training: tuple[type, ...] = ()
     options: str = ""
-    told_k: bool = False
+    told: float = 0.0  # how many times the L0 that is right, as k; 0: it is told nothing
 
 
 LEVERS = {
@@ -299,22 +299,22 @@ LEVERS = {
         (BatchTopKProposes,),
         (Free,),
         "leniency: 0.0",
-        told_k=True,
+        told=1.0,
     ),
-    "priced": Lever("BatchTopK told twice, then the price", (BatchTopKProposes,), told_k=True),
+    "priced": Lever("BatchTopK told twice, then the price", (BatchTopKProposes,), told=2.0),
     "slow-k": Lever(
         "the same, with k from four times",
         (BatchTopKProposes,),
         (SlowK, Free),
         "leniency: 0.0",
-        told_k=True,
+        told=1.0,
     ),
     "residual-step-k": Lever(
         "the same, with one residual step",
         (ResidualStep, BatchTopKProposes),
         (Free,),
         "leniency: 0.0",
-        told_k=True,
+        told=1.0,
     ),
 }
 
@@ -327,7 +327,7 @@ def register(lever: str) -> None:
     """Make an architecture of it, for inference and for training."""
     of = LEVERS[lever]
     name = name_of(lever)
-    extra: Any = [("k", float, 0.0)] if of.told_k else []
+    extra: Any = [("k", float, 0.0)] if of.told else []
     space = {"architecture": classmethod(lambda cls: name)}
     configs = [
         make_dataclass(f"{base.__name__}_{lever}", extra, bases=(base,), namespace=dict(space))
@@ -402,12 +402,13 @@ def of_place(place: str, levers: list[str], out: Path, seeds: int, steps: int | 
     STEPS = steps or of.steps
     rows: list[str] = []
     for lever in levers:
-        options = [f"architecture: {name_of(lever)}"]
-        if LEVERS[lever].told_k:
-            options.append(f"k: {of.l0 * (2 if lever == 'priced' else 1)}")
-        if not of.known and lever not in ("pruned", "slow-k", "residual-step-k"):
+        tried = LEVERS[lever]
+        options = [f"architecture: {name_of(lever)}", *filter(None, [tried.options])]
+        if tried.told:
+            options.append(f"k: {of.l0 * tried.told}")
+        if not of.known and Free not in tried.training:
             options.append(f"target_l0: {of.l0}")
-        rows.append("  - {" + ", ".join([*options, *filter(None, [LEVERS[lever].options])]) + "}")
+        rows.append("  - {" + ", ".join(options) + "}")
     ks = [of.l0] if of.known else [of.l0 * factor for factor in (0.35, 0.5, 0.75, 1, 1.5, 2.5)]
     folder = out / place
     if place == "deep" and not (folder / "world").exists():

@@ -131,8 +131,8 @@ def of_world(name: str, out: Path, seeds: int, steps: int) -> list[str]:
     results = run_sweep(folder / "sweep.yaml", folder / "sweep")
     assert results is not None  # as of a dry run
     found = results.summary
-    energy = source.read(source.hook_names(), 0, 20_000)[source.hook_name].square().sum(-1).mean()
-    share = noise**2 * cfg.hidden_dim / float(energy)
+    x = source.read(source.hook_names(), 0, 20_000)[source.hook_name]
+    share = noise**2 * cfg.hidden_dim / float(x.square().sum(-1).mean())
     rows = [
         f"| {name}: {cfg.num_features} in {cfg.hidden_dim}"
         + (f", {share:.0%} noise" if noise else "")
@@ -147,8 +147,9 @@ def of_world(name: str, out: Path, seeds: int, steps: int) -> list[str]:
         cells = [spread(group[column]) for column in COLUMNS]
         rows.append(f"| | {who} | " + " | ".join(cells) + " |")
         if cfg.hierarchy is not None:
+            true = source.dictionary.feature_vectors.detach()
             seen = [
-                true_features_of(folder / "sweep" / "saes" / sae, source) for sae in group.index
+                true_features_of(folder / "sweep" / "saes" / sae, x, true) for sae in group.index
             ]
             counts = pd.concat(seen).value_counts(normalize=True).sort_index()
             told_shares = ", ".join(f"{n}: {share:.0%}" for n, share in counts.items() if n < 6)
@@ -156,7 +157,7 @@ def of_world(name: str, out: Path, seeds: int, steps: int) -> list[str]:
     return rows
 
 
-def true_features_of(folder: Path, source: SyntheticActivations) -> pd.Series:
+def true_features_of(folder: Path, x: torch.Tensor, true: torch.Tensor) -> pd.Series:
     """Of how many true features each living feature is the sum.
 
     Its direction is written as a sum of true ones with weights that are not negative; those count
@@ -164,9 +165,8 @@ def true_features_of(folder: Path, source: SyntheticActivations) -> pd.Series:
     """
     sae = SAE.load_from_disk(next(folder.rglob("cfg.json")).parent)
     with torch.no_grad():
-        x = source.read(source.hook_names(), 0, 20_000)[source.hook_name]
         alive = (sae.encode(x) > 0).float().mean(0) > 1e-3
-    true = torch.nn.functional.normalize(source.dictionary.feature_vectors.detach(), dim=-1)
+    true = torch.nn.functional.normalize(true, dim=-1)
     directions = torch.nn.functional.normalize(sae.W_dec.detach()[alive], dim=-1)
     weights = [nnls(true.T.numpy(), direction.numpy())[0] for direction in directions]
     return pd.Series([int((w > 0.3 * w.max()).sum()) for w in weights])

@@ -54,12 +54,13 @@ def as_jumprelu(sae: SAE[Any], activations: Tensor, *, batch_size: int = 4096) -
             "as_jumprelu takes an inference SAE with a rule of this package: got "
             f"{type(sae).__name__}; save_inference_model makes one of a training SAE"
         )
+    decoder_norm = sae.decoder_norm()
     centered: list[Tensor] = []
     counts = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=sae.device)
     for batch in activations.split(batch_size):
         sae_in = sae.process_sae_in(batch.to(sae.device))
         sae_in = sae_in[finite_rows(sae_in)]
-        feature_acts, _ = sae.encode_centered(sae_in, sae.decoder_norm())
+        feature_acts, _ = sae.encode_centered(sae_in, decoder_norm)
         counts += feature_acts.count_nonzero(dim=0)
         centered.append(sae_in)
     sae_in = torch.cat(centered) if centered else activations

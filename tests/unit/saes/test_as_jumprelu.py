@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from helpers.saes import unlike_new
 from sae_lens import SAE, SAEConfig, TopKSAE, TopKSAEConfig, TrainingSAE, TrainingSAEConfig
 
 from sae_afa_plugin import as_jumprelu
@@ -16,16 +17,7 @@ RULES = {"topafa": {}, "sparse_topafa": {"leniency": 0.0}, "constant_quality": {
 def sae_of(architecture, seed=0, **fields):
     torch.manual_seed(seed)
     given = {"architecture": architecture, "d_in": 16, "d_sae": 64, **RULES[architecture], **fields}
-    sae = SAE.from_dict(SAEConfig.from_dict(given).to_dict())
-    with torch.no_grad():
-        sae.b_dec += 0.1 * torch.randn_like(sae.b_dec)
-        sae.b_enc += 0.1 * torch.randn_like(sae.b_enc)
-        factor = torch.rand(64) * 3 + 0.2  # rows far from unit
-        sae.W_dec *= factor[:, None]
-        sae.W_enc /= factor
-        if architecture == "sparse_topafa":
-            sae.price += 0.8
-    return sae
+    return unlike_new(SAE.from_dict(SAEConfig.from_dict(given).to_dict()))
 
 
 @pytest.fixture(params=RULES)

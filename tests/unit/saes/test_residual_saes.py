@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers.models import tiny_hooked_sae_transformer
 from helpers.oracle import explained_exactly, kept_exactly, left_one_out_exactly
+from helpers.saes import PRICE, unlike_new
 from sae_lens import (
     SAE,
     LanguageModelSAERunnerConfig,
@@ -37,7 +38,6 @@ from sae_afa_plugin import (
 )
 from sae_afa_plugin.saes import sparse_topafa
 
-PRICE = 0.8
 CLASSES = {
     "sparse_topafa": (SparseTopAFASAE, SparseTopAFATrainingSAE, {"max_k": 20}),
     "constant_quality": (ConstantQualitySAE, ConstantQualityTrainingSAE, {"explained": 0.6}),
@@ -70,15 +70,7 @@ def inference_sae(architecture, seed=0, **fields):
     given = {"architecture": architecture, "d_in": 16, "d_sae": 64, **CLASSES[architecture][2]}
     sae = SAE.from_dict(SAEConfig.from_dict({**given, **fields}).to_dict())
     assert type(sae) is CLASSES[architecture][0]
-    with torch.no_grad():
-        sae.b_dec += 0.1 * torch.randn_like(sae.b_dec)
-        sae.b_enc += 0.1 * torch.randn_like(sae.b_enc)
-        factor = torch.rand(sae.cfg.d_sae) * 3 + 0.2  # rows far from unit
-        sae.W_dec *= factor[:, None]
-        sae.W_enc /= factor
-        if architecture == "sparse_topafa":
-            sae.price += PRICE
-    return sae
+    return unlike_new(sae)
 
 
 def step_input(x, dead=None, **coefficients):
